@@ -1,0 +1,1 @@
+"""Shards, streams, tasks, packing and batches."""
