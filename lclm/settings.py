@@ -1,6 +1,6 @@
-"""Settings files: YAML that fills a dataclass, with reuse by `extends:`, `key=value` overrides and plain errors.
+"""Settings files: YAML that fills a dataclass, reused by `extends:`, changed by `key=value` overrides.
 
-Knows nothing else of the project. Recipes and the pipelines of data sets are both read through `load_settings`.
+Knows nothing else of the project. Recipes and the pipelines of data sets are both read by `load_settings`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def load_settings(
 ) -> T:
     """Read a YAML file into an instance of the dataclass `cls`.
 
-    `extends:` names one file or a list of files (relative to the file that says so) that are read first. Mappings
-    are merged key by key, everything else, lists included, is replaced by the later value. A named entry of
-    settings (a stage, a task, a component) that is set to null is removed. `overrides` are `a.b.c=value` strings;
-    values are YAML. `prepare` may reshape each file's mapping before it is compared with `cls`.
+    `extends:` names one file or a list of files (relative to the file that says so) that are read first.
+    Mappings are merged key by key; everything else, lists included, is replaced by the later value. A named
+    entry of settings (a stage, a task, a component) that is set to null is removed. `overrides` are
+    `a.b.c=value` strings; values are YAML. `prepare` may reshape each file's mapping before it is compared
+    with `cls`.
 
-    Raises ValueError, naming the file and the key: file missing or not YAML, unknown key (with the nearest known
-    one), a value of the wrong type, a missing value.
+    Raises FileNotFoundError when there is no such file, and ValueError, naming the file and the key, for text
+    that is not YAML, an unknown key (with the nearest known one), a value of the wrong type or a missing value.
     """
     layers = read_layers(path)
     if overrides:
@@ -171,9 +172,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{file}: holds no settings ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{file}: must be a mapping of settings (key: value), not a {type(content).__name__}"
-        )
+        raise ValueError(f"{file}: must be a mapping (key: value), not a {type(content).__name__}")
     return typing.cast(dict[str, Any], content)
 
 
@@ -228,9 +227,7 @@ def _check_keys(cls: type, content: Any, where: str, prefix: str) -> None:
             _check_keys(inner, value, where, f"{prefix}{key}.")
         elif (entry := _entry_type(hint)) is not None:
             if not isinstance(value, dict):
-                raise ValueError(
-                    f"{where}: '{prefix}{key}' must be a mapping of named entries; it is {value!r}"
-                )
+                raise ValueError(f"{where}: '{prefix}{key}' must be a mapping of names; it is {value!r}")
             for name, below in value.items():
                 if below is not None:
                     _check_keys(entry, below, where, f"{prefix}{key}.{name}.")

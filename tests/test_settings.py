@@ -82,7 +82,7 @@ def test_malformed_overrides(wrong: str) -> None:
         ("name: a\nmaybe: {zz: 1}", r"unknown key 'maybe.zz'"),
         ("name: a\nrate: {lr: fast}", r"a.yaml: 'rate.lr'.*fast"),
         ("name: a\nrate: 3", r"'rate' must be a mapping with keys lr, betas, warmup_steps"),
-        ("name: a\nparts: [1]", r"'parts' must be a mapping of named entries"),
+        ("name: a\nparts: [1]", r"'parts' must be a mapping of names"),
         ("name: a\nparts: {e: 1}", r"'parts.e' must be a mapping"),
         ("steps: 1", r"a.yaml: 'name' has no value"),
         ("name: a\nsteps: 0", r"a.yaml: steps must be at least 1"),
@@ -116,7 +116,7 @@ def test_a_missing_file_names_similar_recipes(tmp_path: Path) -> None:
 def test_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_bytes(b"name: \xff\xfe")
-    with pytest.raises(ValueError, match="UTF-8|valid YAML"):
+    with pytest.raises(ValueError, match="UTF-8"):
         load_settings(Settings, file)
 
 
