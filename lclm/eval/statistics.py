@@ -28,6 +28,20 @@ class Bootstrap:
         values = self._check(values)
         return self._interval(float(values.mean()), self._weights @ values)
 
+    def proportion(self, values: np.ndarray) -> dict[str, float | None]:
+        """Mean of `values` [count] between 0 and 1 (shares of tokens right, or right and wrong as 1 and 0).
+
+        Resampling samples that are all 0 or all 1 would give an interval of no width; there, and for values that
+        are only 0 and 1, it is Wilson's.
+        """
+        values = self._check(values)
+        if not np.isin(values, (0.0, 1.0)).all() or self.count < 2:
+            return self.mean(values)
+        z, n, p = 1.959964, self.count, float(values.mean())
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+        return {"mean": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+
     def share(self, part: np.ndarray, whole: np.ndarray) -> dict[str, float | None]:
         """sum(part) / sum(whole) as {"mean", "low", "high"}; all None where the whole is not clearly positive.
 
