@@ -58,8 +58,8 @@ class TaskSettings:
     """One way of making examples. An option that the task does not use must be left out.
 
     task: interleave | plain | reconstruct | chat. source: a name in `data.sources`.
-    ratios: tokens per latent, one of them drawn for each memory (interleave) or example (others); null: the model's.
-    min_span, max_span: bounds of a span in encoder tokens (interleave: log-uniform; reconstruct: of its memory).
+    ratios: tokens per latent, one of them drawn for each memory (interleave) or example (others); null: the
+    model's. min_span, max_span: bounds of a span in encoder tokens (log-uniform; reconstruct: of its memory).
     memory_share: interleave's share of tokens that are compressed.
     prompt: reconstruct's text between the memory and its repetition, without loss.
     excerpt: reconstruct repeats only so many tokens, from a random place of the memory; null repeats all.
@@ -102,7 +102,9 @@ class TaskSettings:
         if "min_span" in used:
             low, high = self.option("min_span"), self.option("max_span")
             if not 1 <= low <= high:
-                raise ValueError(f"{where}: min_span {low} and max_span {high} must hold 1 <= min_span <= max_span")
+                raise ValueError(
+                    f"{where}: min_span {low} and max_span {high} must hold 1 <= min_span <= max_span"
+                )
             if self.excerpt is not None and not 1 <= self.excerpt <= low:
                 raise ValueError(
                     f"{where}.excerpt is {self.excerpt}; it must be at least 1 and at most min_span ({low})"
@@ -118,12 +120,12 @@ class DataSettings:
     """Which data a run reads, what is made of them, and the shape of a step.
 
     lanes: L, packs in one step over all processes. micro_batch: B, packs in one forward; accumulation is
-    lanes / (processes x micro_batch). workers: background processes per process (0: none); any number gives the
-    same batches. prefetch: packs that each worker keeps ready. run_samples: neighbouring samples of a shard that
-    are read together. lookahead: conversations that a lane holds to choose from (documents: a quarter of it).
-    epochs: stop after so many passes over each source; null goes on for ever. pack: the shape of one pack.
-    sources, heldout: data to learn from, and data kept for validation and probes. mixture: shares of the source
-    tokens by task name, of any sum; a stage may have its own.
+    lanes / (processes x micro_batch). workers: background processes per process (0: none); any number gives
+    the same batches. prefetch: packs that each worker keeps ready. run_samples: neighbouring samples of a
+    shard that are read together. lookahead: conversations that a lane holds to choose from (documents: a
+    quarter of it). epochs: stop after so many passes over each source; null goes on for ever. pack: the shape
+    of one pack. sources, heldout: data to learn from, and data kept for validation and probes. mixture:
+    shares of the source tokens by task name, of any sum; a stage may have its own.
     """
 
     lanes: int = 8
@@ -161,7 +163,9 @@ class DataSettings:
         for group in ("sources", "heldout"):
             for name, source in getattr(self, group).items():
                 if not source.path:
-                    raise ValueError(f"{where}.{group}.{name}.path is missing; give the folder of a built data set")
+                    raise ValueError(
+                        f"{where}.{group}.{name}.path is missing; give the folder of a built data set"
+                    )
         for name, task in self.tasks.items():
             task.validate(f"{where}.tasks.{name}")
             if task.source not in self.sources:
@@ -175,7 +179,9 @@ class DataSettings:
         """ValueError unless every name is a task and the shares are not negative and not all zero."""
         for name, share in mixture.items():
             if name not in self.tasks:
-                raise ValueError(f"{where} names {name!r}, which is not in data.tasks: {', '.join(self.tasks)}")
+                raise ValueError(
+                    f"{where} names {name!r}, which is not in data.tasks: {', '.join(self.tasks)}"
+                )
             if share < 0:
                 raise ValueError(f"{where}.{name} is {share}; a share cannot be negative")
         if not any(share > 0 for share in mixture.values()):

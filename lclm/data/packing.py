@@ -1,0 +1,7 @@
+"""Packs of fixed shape."""
+
+from __future__ import annotations
+
+from lclm.data.settings import PackSettings
+
+__all__ = ["PackSettings"]
