@@ -1,0 +1,1 @@
+"""Training: stages, optimizers, the DeepSpeed engine, the guard, metrics and the loop."""

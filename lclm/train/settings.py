@@ -1,0 +1,133 @@
+"""The recipe's `stages:`, `engine:` and `train:` sections. No torch here, so that reading a recipe stays light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lclm.data.settings import PackSettings
+
+COMPONENTS = ("encoder", "adapter", "decoder", "brackets")
+"""What a stage may train: brackets are the rows of the two memory marks; tied weights belong to the decoder."""
+
+
+@dataclass
+class MuonSettings:
+    """Muon for the matrices of a component's blocks; embeddings, norms and biases stay with AdamW. ZeRO 0 only.
+
+    `ns_steps` Newton-Schulz iterations orthogonalise the update; fewer are cheaper and less exact.
+    """
+
+    lr: float = 0.02
+    momentum: float = 0.95
+    weight_decay: float = 0.01
+    ns_steps: int = 5
+
+
+@dataclass
+class LoraSettings:
+    """LoRA through PEFT: the component's own weights freeze and low-rank additions learn instead."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass
+class ComponentSettings:
+    """How one component learns in a stage; `weight_decay` applies to matrices only (not norms and biases)."""
+
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    muon: MuonSettings | None = None
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.muon and self.lora:
+            raise ValueError("muon and lora cannot be used together on one component; remove one")
+        if self.lr <= 0 or (self.muon and self.muon.lr <= 0):
+            raise ValueError("a learning rate must be above 0; leave a component out of `learn` to freeze it")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; give two numbers in [0, 1)")
+
+
+@dataclass
+class ScheduleSettings:
+    """Learning rate over a stage: linear warm-up times `kind`, down to `min_lr` over the last `decay_share`."""
+
+    kind: str = "cosine"  # cosine | linear | constant
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+    decay_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule.kind is {self.kind!r}; use cosine, linear or constant")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"schedule.decay_share is {self.decay_share}; it is a share of the stage in (0, 1]")
+
+
+@dataclass
+class StageSettings:
+    """One phase of training. Give `steps` or `tokens` (source tokens before compression, all ranks), not both."""
+
+    learn: dict[str, ComponentSettings] = field(default_factory=dict)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    steps: int | None = None
+    tokens: float | None = None
+    clip: float = 1.0  # global gradient norm; 0 = no clipping
+    mixture: dict[str, float] | None = None  # override of data.mixture
+    pack: PackSettings | None = None  # override of data.pack
+    zero: int | None = None  # override of engine.zero
+
+
+@dataclass
+class ActivationCheckpointing:
+    """Recompute a component's block activations in the backward pass instead of keeping them."""
+
+    encoder: bool = False
+    decoder: bool = False
+
+
+@dataclass
+class EngineSettings:
+    """How training is executed. Accumulation is derived: lanes / (processes * micro_batch)."""
+
+    zero: int = 0  # ZeRO stage 0 | 1 | 2 | 3
+    precision: str = "fp32"  # fp32 | bf16 (fp32 master weights and moments)
+    activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
+    bucket_elements: int = 50_000_000  # elements per reduce and gather bucket
+    timeout_minutes: float = 30.0  # of a collective
+
+    def __post_init__(self) -> None:
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"engine.zero is {self.zero}; ZeRO stages are 0, 1, 2 and 3")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"engine.precision is {self.precision!r}; use fp32 or bf16")
+
+
+@dataclass
+class TrainSettings:
+    """What the loop does beside stepping. Settings of saving, logging and time may change on resume."""
+
+    save_every_steps: int | None = 500
+    save_every_minutes: float | None = None
+    keep: int = 2  # newest training checkpoints kept
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    validate_every: int | None = None  # steps; null = only at the end of each stage
+    validate_batches: int = 8  # micro-batches on each process; 0 = no validation
+    probe_every: int | None = None  # steps; null = only at the end of the run
+    fit_minutes: float | None = None  # scale all stages' budgets down so that their steps take at most this
+    fit_steps: int = 8  # steps of each stage measured for it
+    max_skips_in_a_row: int = 5  # non-finite steps before the run stops
+    peak_tflops: float | None = None  # per process, for MFU; null = measured matrix-multiplication rate
+
+    def __post_init__(self) -> None:
+        for name in ("save_every_steps", "validate_every", "probe_every", "keep", "log_every", "max_skips_in_a_row"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} is {value}; it must be at least 1")
