@@ -1,0 +1,1 @@
+"""From raw text to webdataset shards: sources, filters, documents, conversations, tokenizers."""
