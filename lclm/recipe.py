@@ -1,6 +1,6 @@
 """The recipe: everything a run needs, composed of the settings that each part owns.
 
-YAML is read, extended and overridden by `lclm.settings`; here is the whole of it, what must hold across parts,
+`lclm.settings` reads, extends and overrides the YAML; here is the whole of it, what must hold across parts,
 and the resolved form that a run folder keeps.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from lclm.data.settings import DataSettings
 from lclm.eval.probes import ProbeSettings
 from lclm.model.settings import ModelSettings
-from lclm.settings import load_settings, to_plain, to_yaml, unknown_name
+from lclm.settings import load_settings, shipped_recipes, to_plain, to_yaml, unknown_name
 from lclm.train.settings import COMPONENTS, EngineSettings, StageSettings, TrainSettings
 
 SCHEMA = 1
@@ -57,7 +57,7 @@ class Recipe:
         return to_yaml(self.to_dict())
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved recipe, by a temporary name and a rename, so that no half of one is ever seen."""
+        """Write the resolved recipe under a temporary name and rename it: half of one is never seen."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + f".tmp{os.getpid()}")
@@ -76,6 +76,12 @@ class Recipe:
             problems.append("stages: there is none; add one, for example stages.joint")
         if problems:
             raise ValueError(f"recipe {self.name!r}: " + "\n".join(problems))
+
+
+def shipped() -> list[Path]:
+    """Every recipe that comes with lclm (the pipelines of data sets, in `data/`, are not recipes)."""
+    folder = shipped_recipes()
+    return sorted(p for p in folder.rglob("*.yaml") if p.relative_to(folder).parts[0] != "data")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, validate: bool = True) -> Recipe:

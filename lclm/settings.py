@@ -37,8 +37,8 @@ def load_settings(
     `a.b.c=value` strings; values are YAML. `prepare` may reshape each file's mapping before it is compared
     with `cls`.
 
-    Raises FileNotFoundError when there is no such file, and ValueError, naming the file and the key, for text
-    that is not YAML, an unknown key (with the nearest known one), a value of the wrong type or a missing value.
+    Raises FileNotFoundError when there is no such file, and ValueError, naming the file and the key, for
+    text that is not YAML, an unknown key (with the nearest known one), a value of the wrong type, no value.
     """
     layers = read_layers(path)
     if overrides:
@@ -50,25 +50,21 @@ def build_settings(
     cls: type[T], layers: Sequence[Layer], prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> T:
     """An instance of `cls` from layers of plain mappings, later ones over earlier ones."""
+    prepared = [(where, prepare(content) if prepare else content) for where, content in layers]
     merged: dict[str, Any] = {}
-    for where, content in layers:
-        content = prepare(content) if prepare else content
+    for where, content in prepared:
         _check_keys(cls, content, where, "")
-        _typed(cls, _without_removed(cls, content), where)
         merged = _merge(merged, content)
-    where = layers[-1][0] if layers else cls.__name__
-    files = [name for name, _ in layers if name != "command line"]
+    files = [where for where, _ in layers if where != "command line"] or [cls.__name__]
     try:
-        return typing.cast(T, OmegaConf.to_object(_typed(cls, _without_removed(cls, merged), where)))
+        return typing.cast(T, OmegaConf.to_object(_typed(cls, merged)))
     except MissingMandatoryValue as error:
-        raise ValueError(
-            f"{where}: '{error.full_key}' has no value; set it there or in a file it extends"
-        ) from None
+        message = f"{files[-1]}: '{error.full_key}' has no value; set it there or in a file it extends"
     except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {_place(error)}{_reason(error)}") from None
+        message = _wrong_value(cls, prepared) or f"{files[-1]}: {_reason(error)}"
     except ValueError as error:
-        source = files[-1] if files else where
-        raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
+        message = str(error) if files[-1] in str(error) else f"{files[-1]}: {error}"
+    raise ValueError(message)
 
 
 def read_layers(path: str | Path, _inside: tuple[Path, ...] = ()) -> list[Layer]:
@@ -255,16 +251,20 @@ def _without_removed(cls: type, content: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _typed(cls: type, content: dict[str, Any], where: str) -> Any:
-    try:
-        return OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(content))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {_place(error)}{_reason(error)}") from None
+def _typed(cls: type, content: dict[str, Any]) -> Any:
+    return OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(_without_removed(cls, content)))
 
 
-def _place(error: OmegaConfBaseException) -> str:
-    return f"'{error.full_key}': " if error.full_key else ""
+def _wrong_value(cls: type, layers: Sequence[Layer]) -> str | None:
+    """Which layer holds a value of the wrong type, and which value."""
+    for where, content in layers:
+        try:
+            _typed(cls, content)
+        except OmegaConfBaseException as error:
+            return f"{where}: {_reason(error)}"
+    return None
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    return str(error.msg or error).split("\n")[0].strip()
+    place = f"'{error.full_key}': " if error.full_key else ""
+    return place + str(error.msg or error).split("\n")[0].strip()
