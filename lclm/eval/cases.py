@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,16 +46,17 @@ def sample_passages(
             ids, starts = content.encode_with_offsets(text)
             if len(ids) <= length:
                 continue
-            starts = np.append(np.asarray(starts), len(text))
-            whole = np.append(True, starts[1:] > starts[:-1])  # the token begins with a character
+            starts = np.append(starts, len(text))
             first = np.arange(len(ids) - length + 1)
-            first = first[whole[first] & whole[first + context] & whole[first + length]]
+            ends = starts[[first, first + context, first + length]]
+            first = first[(ends >= 0).all(axis=0) & (ends[0] < ends[1])]
             if not len(first):
                 continue
             a = int(rng.choice(first))
             b = a + context
-            ids = np.asarray(ids, np.int32)
-            passages.append(Passage(int(document), text[starts[a] : starts[b]], ids[a:b], ids[b : a + length]))
+            passages.append(
+                Passage(int(document), text[starts[a] : starts[b]], ids[a:b], ids[b : a + length])
+            )
     return passages
 
 
@@ -93,21 +94,35 @@ class Needle:
     answer: str
     numbers: int  # numbers of as many digits in the memory: 1 = nothing to confuse it with
 
+    def memory(self) -> str:
+        """The text of its memories."""
+        return "\n".join(part["text"] for part in _parts(self.messages) if part["type"] == "memory")
+
+    def question(self) -> str:
+        """The text around the memories."""
+        return "\n".join(part["text"] for part in _parts(self.messages) if part["type"] == "text").strip()
+
     def with_memory(self, kind: str) -> list[dict]:
         """The messages with memory parts kept ("compressed"), left out ("none") or as text ("uncompressed")."""
-        if kind == "compressed":
-            return self.messages
         messages = []
         for message in self.messages:
             parts = message["content"]
             if not isinstance(parts, str):
-                parts = [_part(p) for p in parts if kind == "uncompressed" or p["type"] != "memory"]
+                kept = [part for part in parts if kind != "none" or part["type"] != "memory"]
+                parts = [_part(part, kind) for part in kept]
             messages.append({**message, "content": parts})
         return messages
 
 
-def _part(part: dict) -> dict:
-    return {"type": "text", "text": part["text"]} if part["type"] == "memory" else part
+def _parts(messages: Sequence[dict]) -> list[dict]:
+    """All parts of all messages; content that is one text counts as a text part."""
+    contents = [message["content"] for message in messages]
+    return [part for c in contents for part in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
+
+
+def _part(part: dict, kind: str) -> dict:
+    """The part without a ratio of its own: the probe sets it."""
+    return {"type": "text" if kind == "uncompressed" else part["type"], "text": part["text"]}
 
 
 def find_needles(conversations: Sequence[list[dict]]) -> list[Needle]:
@@ -117,17 +132,11 @@ def find_needles(conversations: Sequence[list[dict]]) -> list[Needle]:
         end = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
         if not end:
             continue
-        answer = _text(messages[end])
-        parts = [p for m in messages[:end] if not isinstance(m["content"], str) for p in m["content"]]
-        memory = "\n".join(p["text"] for p in parts if p["type"] == "memory")
+        answer = "".join(part["text"] for part in _parts(messages[end : end + 1]))
         if not re.fullmatch(r"[0-9]+", answer):
             continue
-        numbers = re.findall(rf"(?<![0-9])[0-9]{{{len(answer)}}}(?![0-9])", memory)
+        needle = Needle(messages[:end], answer, 0)
+        numbers = re.findall(rf"(?<![0-9])[0-9]{{{len(answer)}}}(?![0-9])", needle.memory())
         if answer in numbers:
-            found.append(Needle(messages[:end], answer, len(set(numbers))))
+            found.append(replace(needle, numbers=len(set(numbers))))
     return found
-
-
-def _text(message: dict) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(p["text"] for p in content)

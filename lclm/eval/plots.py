@@ -124,7 +124,14 @@ def _legend(axes: Axes, *, outside: bool = True) -> None:
 
 
 def _lines(
-    record: RunRecord, kind: str, path: str, label: str, *, log: bool = False, smooth: bool = False, scale: float = 1.0
+    record: RunRecord,
+    kind: str,
+    path: str,
+    label: str,
+    *,
+    log: bool = False,
+    smooth: bool = False,
+    scale: float = 1.0,
 ) -> tuple[Figure, Axes] | None:
     """One line per key of the figure `path`, smoothed over its faint raw values if asked."""
     names = record.names(kind, path)
@@ -180,7 +187,9 @@ def waste(record: RunRecord) -> tuple[Figure, str] | None:
     if drawn is None:
         return None
     drawn[1].set_ylim(bottom=0)
-    return drawn[0], "Padding: the share of each fixed budget (decoder positions, encoder rows, latents) left empty."
+    return drawn[
+        0
+    ], "Padding: the share of each fixed budget (decoder positions, encoder rows, latents) left empty."
 
 
 def _named(record: RunRecord, names: dict[str, str], label: str, scale: float = 1.0) -> Figure | None:
@@ -211,7 +220,11 @@ def speed(record: RunRecord) -> tuple[Figure, str] | None:
         "positions_per_second": "decoder positions\n(after compression)",
     }
     figure = _named(record, names, "per second, thousands", 1e-3)
-    return (figure, "Speed, all processes together: what was read, and what the decoder saw of it.") if figure else None
+    return (
+        (figure, "Speed, all processes together: what was read, and what the decoder saw of it.")
+        if figure
+        else None
+    )
 
 
 def step_time(record: RunRecord) -> tuple[Figure, str] | None:
@@ -228,7 +241,9 @@ def device(record: RunRecord) -> tuple[Figure, str] | None:
 
 
 def _rows(result: dict, probe: str, **wanted: Any) -> list[dict]:
-    return [row for row in result.get(probe, []) if all(row.get(key) == value for key, value in wanted.items())]
+    return [
+        row for row in result.get(probe, []) if all(row.get(key) == value for key, value in wanted.items())
+    ]
 
 
 def continuation_now(record: RunRecord) -> tuple[Figure, str] | None:
@@ -264,9 +279,15 @@ def _points(axes: Axes, x: list[float], values: list[dict], way: str) -> None:
     axes.errorbar(x, mean, errors, fmt="o", markersize=6, capsize=3, color=COLOURS[way], label=LABELS[way])
 
 
-def _over_steps(axes: Axes, record: RunRecord, pick: Callable[[dict], dict | None], style: dict[str, Any]) -> bool:
+def _over_steps(
+    axes: Axes, record: RunRecord, pick: Callable[[dict], dict | None], style: dict[str, Any]
+) -> bool:
     """One figure over the probes' steps with its interval as a band."""
-    found = [(step, value) for step, result in record.probes if (value := pick(result)) and value["mean"] is not None]
+    found = [
+        (step, value)
+        for step, result in record.probes
+        if (value := pick(result)) and value["mean"] is not None
+    ]
     if not found:
         return False
     steps = [step for step, _ in found]
@@ -288,7 +309,9 @@ def continuation_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
     ratios = _by_ratio(record, "continuation")
     if not ratios or len(record.probes) < 2:
         return None
-    longest = max(row["context_tokens"] for _, result in record.probes for row in result.get("continuation", []))
+    longest = max(
+        row["context_tokens"] for _, result in record.probes for row in result.get("continuation", [])
+    )
     figure, panels = _axes(len(ratios))
     for axes, ratio in zip(panels, ratios, strict=True):
         for way in WAYS:
@@ -307,13 +330,17 @@ def continuation_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
 
 def reconstruction_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
     """Reconstruction accuracy over steps, a line per ratio and length."""
-    kinds = sorted({(r["ratio"], r["context_tokens"]) for _, p in record.probes for r in p.get("reconstruction", [])})
+    kinds = sorted(
+        {(r["ratio"], r["context_tokens"]) for _, p in record.probes for r in p.get("reconstruction", [])}
+    )
     if not kinds:
         return None
     figure, (axes,) = _axes()
     for place, (ratio, length) in enumerate(kinds):
 
-        def pick(result: dict, ratio: int = ratio, length: int = length, way: str = "compressed") -> dict | None:
+        def pick(
+            result: dict, ratio: int = ratio, length: int = length, way: str = "compressed"
+        ) -> dict | None:
             rows = _rows(result, "reconstruction", ratio=ratio, context_tokens=length)
             return rows[0]["accuracy"].get(way) if rows else None
 
@@ -330,7 +357,10 @@ def reconstruction_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
     axes.set_ylabel("share of tokens right")
     _stages(axes, record)
     _legend(axes)
-    return figure, "Reconstruction: tokens right when a compressed text is repeated word for word (bands: 95% intervals)."
+    return (
+        figure,
+        "Reconstruction: tokens right when a compressed text is repeated word for word (bands: 95% intervals).",
+    )
 
 
 def needles_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
@@ -343,7 +373,9 @@ def needles_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
         for way in ("compressed", "uncompressed", "none"):
 
             def pick(result: dict, ratio: int = ratio, way: str = way) -> dict | None:
-                rows = _rows(result, "needle", ratio=ratio, numbers="one") or _rows(result, "needle", ratio=ratio)
+                rows = _rows(result, "needle", ratio=ratio, numbers="one") or _rows(
+                    result, "needle", ratio=ratio
+                )
                 return rows[0]["digits"].get(way) if rows else None
 
             _over_steps(axes, record, pick, {"color": COLOURS[way], "label": LABELS[way]})
@@ -353,4 +385,7 @@ def needles_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
     panels[0].set_ylim(0, 1.02)
     panels[0].set_ylabel("share of digits right")
     _legend(panels[-1])
-    return figure, "Needles: digits right of a number asked for (bands: 95% intervals; dashes: a guess, one in ten)."
+    return (
+        figure,
+        "Needles: digits right of a number asked for (bands: 95% intervals; dashes: a guess, one in ten).",
+    )

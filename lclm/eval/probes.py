@@ -36,7 +36,9 @@ class ProbeSettings:
     training_samples: int = 32  # of each figure, during training
     texts: int = 3  # samples of generated text of each kind and ratio; 0 = none
     batch_tokens: int = 16384  # decoder positions and encoder tokens of one forward
-    aims: dict[str, dict[int, float]] = field(default_factory=dict)  # {figure: {ratio: least value}}, see AIMS
+    aims: dict[str, dict[int, float]] = field(
+        default_factory=dict
+    )  # {figure: {ratio: least value}}, see AIMS
 
     def during_training(self) -> ProbeSettings:
         """The same probes with `training_samples` samples and at most one generated text of a kind."""

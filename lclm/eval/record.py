@@ -50,7 +50,9 @@ class RunRecord:
     @property
     def last(self) -> dict:
         """The last line of any kind; {} when there is none."""
-        return max((line for kind in self.lines.values() for line in kind), key=lambda x: x["step"], default={})
+        return max(
+            (line for kind in self.lines.values() for line in kind), key=lambda x: x["step"], default={}
+        )
 
     @property
     def probes(self) -> list[tuple[int, dict]]:
@@ -98,7 +100,9 @@ class RunRecord:
         lines = [line for kind in self.lines.values() for line in kind if line.get("stage") == stage.name]
         seconds = [line["seconds"] for line in lines if isinstance(line.get("seconds"), (int, float))]
         stage.seconds = max(seconds) - before if seconds else None
-        losses = [x["loss"] for x in self.lines.get("train", []) if x.get("stage") == stage.name and "loss" in x]
+        losses = [
+            x["loss"] for x in self.lines.get("train", []) if x.get("stage") == stage.name and "loss" in x
+        ]
         stage.loss = float(np.mean(losses[-10:])) if losses else None
         learn = ((self.recipe.get("stages") or {}).get(stage.name) or {}).get("learn") or {}
         stage.learns = ", ".join(f"{name} {_rate(settings)}".strip() for name, settings in learn.items())
@@ -116,7 +120,9 @@ def read_run(folder: str | Path) -> RunRecord:
     folder = Path(folder)
     path = folder / METRICS
     if not path.is_file():
-        raise ValueError(f"{folder} is no run folder: it has no {METRICS}; give the `run_dir` of a recipe that has run")
+        raise ValueError(
+            f"{folder} is no run folder: it has no {METRICS}; give the `run_dir` of a recipe that has run"
+        )
     lines, damaged = _read_lines(path)
     record = RunRecord(folder, lines, damaged)
     record.recipe = _read_yaml(folder / "recipe.yaml")

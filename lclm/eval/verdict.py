@@ -52,7 +52,9 @@ def _judge(value: dict, gain: dict, least: float | None) -> str:
     return SIGN if sure else MISSED
 
 
-def _row(figure: str, row: dict, where: str, value: dict, unit: str, aim: str, status: str, better: str = "") -> Verdict:
+def _row(
+    figure: str, row: dict, where: str, value: dict, unit: str, aim: str, status: str, better: str = ""
+) -> Verdict:
     return Verdict(
         figure, row["ratio"], where, value["mean"], value["low"], value["high"], unit, aim, status, better
     )
