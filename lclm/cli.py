@@ -1,0 +1,311 @@
+"""The `lclm` command. Each verb imports its own part when called, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=HELP,
+)
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=HELP)
+recipe = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=HELP)
+app.add_typer(data, name="data", help="Build, check and look at data sets.")
+app.add_typer(recipe, name="recipe", help="Show and check recipes.")
+
+RecipePath = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, as in train.log_every=5."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder (the recipe's run_dir).")]
+
+
+@app.callback()
+def lclm(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Latent Context Language Models: from raw text to a model that reads long contexts as latents.
+
+    \b
+      lclm data build recipes/data/stdlib.yaml       raw text -> shards
+      lclm data inspect recipes/tiny.yaml            a sample as the model will read it
+      lclm recipe show recipes/tiny.yaml             everything a run will do
+      lclm train recipes/tiny.yaml                   train, or go on where it stopped
+      lclm report runs/tiny                          a page with plots
+      lclm export runs/tiny -o my-model              a checkpoint that from_pretrained reads
+      lclm generate my-model --memory book.txt --prompt "Who dies first?"
+    """
+
+
+@app.command(short_help="Train a recipe, or go on with it.")
+def train(recipe_path: RecipePath, overrides: Overrides = None) -> None:
+    """Train a recipe, or go on where it was interrupted: the same command does both.
+
+    \b
+    One process:         lclm train recipes/tiny.yaml
+    Several on a machine: launch/local.sh 2 recipes/tiny.yaml
+    Other settings:      lclm train recipes/tiny.yaml run_dir=runs/mine train.log_every=5
+
+    The run folder then holds the resolved recipe, checkpoints, metrics.jsonl, TensorBoard logs and the export
+    of every stage. A run that is complete says so and changes nothing.
+    """
+    from lclm.recipe import load_recipe
+    from lclm.train.trainer import train as run
+
+    run(load_recipe(recipe_path, overrides or []))
+
+
+@app.command(short_help="Write a page with the plots of a run.")
+def report(run: Run) -> None:
+    """Write a page with tables and plots of a run: report.html and report.md in the run folder.
+
+    Works while a run is still going on. Example: lclm report runs/tiny
+    """
+    from lclm.eval.report import summary, write_report
+
+    page = write_report(run)
+    typer.echo(summary(run))
+    typer.echo(f"\nreport: {page}")
+
+
+@app.command(short_help="Write a checkpoint of a run.")
+def export(
+    run: Run,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; must not exist yet.")],
+    stage: Annotated[str | None, typer.Option(help="The stage to export; the last that is complete.")] = None,
+    layout: Annotated[str, typer.Option(help="native, or released (three folders).")] = "native",
+) -> None:
+    """Write a checkpoint of a run that `from_pretrained` reads: safetensors, configuration, tokenizers.
+
+    \b
+      lclm export runs/tiny -o my-model
+      lclm export runs/tiny --stage joint -o my-model
+      lclm export runs/0.6b-4b-16x --layout released -o my-model
+    """
+    from lclm.checkpoint import export_run
+
+    folder = export_run(run, output, stage=stage, layout=layout)
+    typer.echo(
+        f"exported: {folder}\ntry it:   lclm generate {folder} --memory README.md --prompt 'What is this?'"
+    )
+
+
+@app.command(short_help="Answer a prompt about documents read as latents.")
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="An exported folder, a released checkpoint or a Hub id.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; text after the documents.")],
+    memory: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--memory", "-m", help="A text file to be read as latents; - is standard input; repeatable."
+        ),
+    ] = None,
+    ratio: Annotated[int | None, typer.Option(help="Tokens per latent; the checkpoint's default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    no_memory: Annotated[
+        bool, typer.Option("--no-memory", help="Also answer without the documents.")
+    ] = False,
+) -> None:
+    """Answer a prompt about documents that the model reads as latents only. The answer streams to standard
+    output; what was read goes to standard error.
+
+    \b
+      lclm generate my-model --memory report.txt --prompt "What was the profit?"
+      lclm generate my-model -m a.txt -m b.txt --ratio 8 -p "How do they differ?"
+      man ls | lclm generate my-model -m - -p "Which option sorts by size?"
+    """
+    from lclm.answer import answer
+
+    answer(
+        checkpoint,
+        prompt,
+        memory or [],
+        ratio=ratio,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        compare=no_memory,
+    )
+
+
+@recipe.command("show", short_help="Print the resolved recipe and count parameters.")
+def recipe_show(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    parameters: Annotated[bool, typer.Option(help="Also count parameters, on meta tensors.")] = True,
+) -> None:
+    """Print the resolved recipe, every setting written out, and the parameters of each component.
+
+    \b
+      lclm recipe show recipes/0.6b-4b/16x.yaml
+      lclm recipe show recipes/tiny.yaml model.ratios=[4] --no-parameters
+    """
+    from lclm.recipe import load_recipe
+
+    loaded = load_recipe(recipe_path, overrides or [])
+    typer.echo(loaded.to_yaml(), nl=False)
+    if parameters:
+        from lclm.model.build import build_model, components
+
+        model = build_model(loaded.model, device="meta")
+        typer.echo("\n# parameters")
+        counts = {name: sum(p.numel() for _, p in found) for name, found in components(model).items()}
+        for name, count in {**counts, "total": sum(counts.values())}.items():
+            typer.echo(f"# {name:<10}{count:>16,}")
+
+
+@recipe.command("validate", short_help="Check recipes without running them.")
+def recipe_validate(
+    recipe_paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE", help="Recipes; all shipped ones if none is named."),
+    ] = None,
+) -> None:
+    """Check recipes without running them: keys, values, and what must hold between parts.
+
+    \b
+      lclm recipe validate my-recipe.yaml
+      lclm recipe validate
+    """
+    from lclm.recipe import load_recipe, shipped
+
+    for path in recipe_paths or [str(p) for p in shipped()]:
+        load_recipe(path)
+        typer.echo(f"valid: {path}")
+
+
+@data.command("build", short_help="Raw text to shards.")
+def data_build(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline recipe, see recipes/data.")],
+    overrides: Overrides = None,
+) -> None:
+    """Build a data set: read the sources, filter, deduplicate, split, and write webdataset shards.
+
+    Interrupted, the same command goes on; complete, it says so and changes nothing.
+
+    \b
+      lclm data build recipes/data/stdlib.yaml
+      lclm data build recipes/data/stdlib.yaml out=/scratch/stdlib executor.workers=8
+    """
+    from data_pipelines.build import build
+
+    build(pipeline, overrides or [])
+
+
+@data.command("verify", short_help="Check a data set against its checksums.")
+def data_verify(
+    path: Annotated[str, typer.Argument(help="A built data set, or one split of it; folder or fsspec URL.")],
+) -> None:
+    """Check every shard and index of a data set against its manifest's checksums.
+
+    Example: lclm data verify data/stdlib
+    """
+    from lclm.data.shards import verify
+
+    typer.echo(verify(path))
+
+
+@data.command("inspect", short_help="Show samples as the model will read them.")
+def data_inspect(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    task: Annotated[
+        str | None, typer.Option(help="One task of the recipe; all in the mixture if left out.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="How many examples of each task.")] = 1,
+) -> None:
+    """Show samples the way the model will read them: what is compressed, the slots, and where loss falls.
+
+    \b
+      lclm data inspect recipes/tiny.yaml
+      lclm data inspect recipes/tiny.yaml --task chat -n 3
+    """
+    from lclm.data.inspect import inspect
+    from lclm.recipe import load_recipe
+
+    inspect(load_recipe(recipe_path, overrides or []), task=task, samples=samples)
+
+
+@data.command("budget", short_help="Propose the shape of a pack.")
+def data_budget(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+) -> None:
+    """Measure a recipe's mixture and propose the shape of a pack: encoder rows and latents for its positions.
+
+    \b
+      lclm data budget recipes/tiny.yaml
+      lclm data budget recipes/smollm2.yaml data.pack.positions=8192
+    """
+    from lclm.data.budget import budget
+    from lclm.recipe import load_recipe
+
+    typer.echo(budget(load_recipe(recipe_path, overrides or [])))
+
+
+@data.command("tokenizer", short_help="Make a tokenizer alone.")
+def data_tokenizer(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline recipe with `tokenizer:`.")],
+    overrides: Overrides = None,
+) -> None:
+    """Make the tokenizer of a pipeline recipe alone: bytes, BPE or SentencePiece, for models from scratch.
+
+    Example: lclm data tokenizer recipes/data/stdlib.yaml tokenizer.kind=bpe tokenizer.vocabulary=8192
+    """
+    from data_pipelines.build import build_tokenizer
+
+    build_tokenizer(pipeline, overrides or [])
+
+
+def show_error(error: BaseException) -> None:
+    """One screen that says what went wrong, without a traceback; a line on processes other than the first."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        print(f"[process {rank}] {error}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    text = str(error)
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        text = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else text
+    Console(stderr=True).print(
+        Panel(
+            Text(text or type(error).__name__),
+            title="error",
+            title_align="left",
+            subtitle="--debug shows the traceback",
+            subtitle_align="right",
+            border_style="red",
+        )
+    )
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command; a user's or the machine's error ends it with exit code 2 and without a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        return app(args=[argument for argument in arguments if argument != "--debug"], prog_name="lclm")
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        show_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
