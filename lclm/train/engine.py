@@ -1,0 +1,260 @@
+"""The DeepSpeed engine: processes, configuration, construction, saving, loading, full-precision weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lclm.train.optim import Group, build_optimizer
+from lclm.train.settings import EngineSettings
+
+TAG = "engine"
+"""The folder of the engine's own files inside a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: `rank` of `size`, and the device that it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, value: float) -> float:
+        """The largest of the processes' values."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, on every process."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, error: str | None) -> None:
+        """Raise ValueError on every process if any process has an error message."""
+        if self.size == 1:
+            errors = [error]
+        else:
+            errors = self.gather(error)
+        found = [message for message in errors if message]
+        if found:
+            raise ValueError(found[0])
+
+
+def start_processes(settings: EngineSettings) -> Processes:
+    """Join the processes that torchrun (or another launcher) started; alone without its environment."""
+    quiet()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=settings.timeout_minutes)
+        backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    return Processes(rank, size, device)
+
+
+def quiet() -> None:
+    """DeepSpeed logs every construction; keep its warnings and errors only."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="deepspeed")
+
+
+def deepspeed_config(
+    settings: EngineSettings, *, zero: int, clip: float, micro_batch: int, accumulation: int, elements: int, world: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. `elements` bounds the buckets: the number of parameters that learn.
+
+    At ZeRO 0 in fp32 the engine neither clips nor looks for non-finite gradients: the guard does both.
+    """
+    bucket = max(1024, min(settings.bucket_elements, elements))
+    bf16 = settings.precision == "bf16"
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world,
+        "gradient_clipping": 0.0 if zero == 0 and not bf16 else clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": zero,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": torch.cuda.is_available(),
+            "round_robin_gradients": False,
+        },
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+    }
+    if bf16 and zero:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    if zero == 3:
+        config["zero_optimization"] |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": min(100_000, elements // 10),
+        }
+    return config
+
+
+class Engine:
+    """A model on DeepSpeed, with the optimizer's groups within reach at every ZeRO stage."""
+
+    def __init__(
+        self, model: torch.nn.Module, groups: list[Group], settings: EngineSettings, processes: Processes, **config: Any
+    ) -> None:
+        """`config` is what `deepspeed_config` takes beside the settings. Raises ValueError where Muon meets ZeRO."""
+        import deepspeed
+
+        quiet()
+        self.zero, self.bf16 = config["zero"], settings.precision == "bf16"
+        if self.zero and any(group["kind"] == "muon" for group in groups):
+            raise ValueError(
+                f"Muon needs whole matrices and ZeRO {self.zero} cuts them; set engine.zero=0 (or the stage's "
+                "`zero: 0`), or leave `muon` out of the stage's components"
+            )
+        self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        elements = sum(parameter.numel() for group in groups for parameter in group["params"])
+        self.base = build_optimizer([{**group, "lr": 0.0} for group in groups])
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.base,
+            config=deepspeed_config(settings, elements=elements, world=processes.size, **config),
+            dist_init_required=False,
+        )
+        self.processes = processes
+        self.base.state.clear()  # at ZeRO 0 in bf16 the engine takes a first step with gradients of zero
+        self.apply_settings(1.0)
+
+    @property
+    def model(self) -> Any:
+        """The model, in the engine's precision; at ZeRO 3 its parameters are partitioned."""
+        return self.deepspeed.module
+
+    def apply_settings(self, rates: dict[str, float] | float) -> None:
+        """Write every setting of every group again: {group: rate}, or one factor on all base rates."""
+        for group, settings in zip(self.base.param_groups, self.settings, strict=True):
+            rate = rates[settings["name"]] if isinstance(rates, dict) else settings["base_lr"] * rates
+            group.update(settings | {"lr": rate})
+
+    def save(self, folder: Path, state: dict[str, Any]) -> str | None:
+        """Write weights that learn and the optimizer's state below `folder`; the error's text if it failed.
+
+        Frozen weights are left out under every name they have.
+        """
+        frozen = frozen_names(self.model)
+        hook = self.model.register_state_dict_post_hook(lambda module, state, prefix, meta: drop(state, frozen))
+        try:
+            self.deepspeed.save_checkpoint(
+                str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=True
+            )
+        except (OSError, RuntimeError) as error:
+            self.processes.barrier()  # the one that the engine's other processes wait at
+            return f"{type(error).__name__}: {error}"
+        finally:
+            hook.remove()
+        return None
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Read what `save` wrote into a model built from the stage's start; returns the saved state.
+
+        Raises ValueError unless the checkpoint holds exactly the weights that learn.
+        """
+        frozen = frozen_names(self.model)
+
+        def load_weights(src: dict[str, Any], dst: torch.nn.Module) -> None:
+            missing, unexpected = dst.load_state_dict(src, strict=False)
+            if set(missing) != frozen or unexpected:
+                wrong = sorted((set(missing) ^ frozen) | set(unexpected))
+                raise ValueError(
+                    f"{folder} does not fit this stage: {len(wrong)} weights differ from those that learn, "
+                    f"for example {', '.join(wrong[:3])}; was it written by another recipe?"
+                )
+
+        path, state = self.deepspeed.load_checkpoint(
+            str(folder), tag=TAG, load_module_strict=False, custom_load_fn=load_weights
+        )
+        if path is None:
+            raise ValueError(f"{folder}: the engine found no checkpoint there")
+        self.apply_settings(1.0)
+        return state
+
+    def learned_weights(self) -> dict[str, torch.Tensor]:
+        """{name: fp32 tensor on the CPU} of all weights that learn, whole. Collective; {} but on the main process."""
+        masters: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                value = self._master(parameter)
+                if self.processes.main:
+                    masters[name] = value.detach().float().cpu().clone()
+        return masters
+
+    def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.zero:
+            value = safe_get_full_fp32_param(parameter)
+            assert value is not None, "the engine lost a parameter's master weights"
+            return value.reshape(getattr(parameter, "ds_shape", parameter.shape))
+        if not self.bf16:
+            return parameter
+        if not hasattr(self, "_pairs"):
+            optimizer = self.deepspeed.optimizer
+            self._pairs = {
+                id(low): high
+                for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+                for low, high in zip(lows, highs, strict=True)
+            }
+        return self._pairs[id(parameter)]
+
+    def close(self) -> None:
+        """Free what the engine holds; the model cannot be used after it."""
+        self.deepspeed.destroy()
+
+
+def frozen_names(model: torch.nn.Module) -> set[str]:
+    """Names in the state dict, tied ones included, of parameters that do not learn."""
+    return {
+        name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+    }
+
+
+def drop(state: dict[str, Any], names: set[str]) -> None:
+    """Remove `names` from a state dict, in place."""
+    for name in names:
+        state.pop(name, None)

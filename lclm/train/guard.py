@@ -1,0 +1,107 @@
+"""The guard: non-finite losses and gradients are found on all processes together and never reach the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lclm.train.engine import Engine
+
+NAMED_KEYS = 20
+"""Keys of samples that an error message names at most."""
+
+
+class Guard:
+    """Watches one engine through its stage.
+
+    A non-finite loss anywhere turns the step's gradients non-finite everywhere. Non-finite gradients (or a norm
+    that overflows) make DeepSpeed leave out the step at ZeRO 1 to 3 and in bf16; at ZeRO 0 in fp32, where it
+    would not, the guard drops the gradients itself. Weights and moments stay as they are, bit for bit.
+    """
+
+    def __init__(self, engine: Engine, clip: float, max_in_a_row: int) -> None:
+        self.engine, self.clip, self.max_in_a_row = engine, clip, max_in_a_row
+        self.skipped = self.in_a_row = 0
+        self._own = engine.zero == 0 and not engine.bf16
+        self._overflow = False
+        self._squares: dict[str, torch.Tensor] = {}
+        self.watch_norms = False
+        engine.base.register_step_pre_hook(self._before_update)
+
+    def loss(self, loss: torch.Tensor, others_finite: bool) -> torch.Tensor:
+        """The loss to go backward from: `loss`, or one whose gradients are not finite if any process's was not."""
+        return loss if others_finite else loss * float("nan")
+
+    def before_step(self) -> None:
+        """To be called between a step's last backward pass and the engine's step: clips, or drops gradients."""
+        if not self._own:
+            return
+        self._squares = {}
+        gradients = []
+        for group in self.engine.base.param_groups:
+            own = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            if own:
+                norms = torch.stack(torch._foreach_norm(own))
+                self._add(group["component"], norms.square().sum())
+                gradients += own
+        total = torch.stack(list(self._squares.values())).sum().sqrt() if self._squares else torch.zeros(())
+        self._overflow = not bool(torch.isfinite(total))
+        if self._overflow:
+            self.engine.deepspeed.zero_grad()
+        elif self.clip and total > self.clip:
+            torch._foreach_mul_(gradients, (self.clip / (total + 1e-6)).item())
+
+    def after_step(self, keys: Sequence[str], reason: str) -> bool:
+        """Whether the step was left out. Raises ValueError, on all processes, after too many in a row.
+
+        `keys` are those of the samples to be blamed on this process, `reason` says what was not finite.
+        """
+        overflow = self._overflow if self._own else bool(self.engine.deepspeed.optimizer.overflow)
+        if not overflow:
+            self.in_a_row = 0
+            return False
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.max_in_a_row:
+            blamed = [key for part in self.engine.processes.gather(list(keys)) for key in part]
+            more = f" and {len(blamed) - NAMED_KEYS} more" if len(blamed) > NAMED_KEYS else ""
+            raise ValueError(
+                f"{self.in_a_row} steps in a row were left out because of a non-finite {reason}; samples of the "
+                f"last one: {', '.join(blamed[:NAMED_KEYS])}{more}. Look at them with `lclm data inspect`, lower "
+                "the learning rate, or raise train.max_skips_in_a_row"
+            )
+        return True
+
+    def gradient_norms(self) -> dict[str, float]:
+        """{component: norm before clipping, "all": norm} of the last step. Collective at ZeRO 1 to 3.
+
+        Needs `watch_norms` to have been true during the step.
+        """
+        names = sorted({settings["component"] for settings in self.engine.settings})
+        squares = torch.stack([self._squares.get(name, torch.zeros(())).float().cpu() for name in names])
+        if self.engine.zero:
+            self.engine.processes.sum(squares := squares.to(self.engine.processes.device))
+        norms = squares.sqrt()
+        total = float(norms.norm())
+        if not self._own:
+            whole = float(self.engine.deepspeed.get_global_grad_norm() or 0.0)
+            norms *= whole / total if total else 0.0
+            total = whole
+        return {name: float(norm) for name, norm in zip(names, norms, strict=True)} | {"all": total}
+
+    def start_step(self, watch_norms: bool) -> None:
+        """Forget the last step; `watch_norms` asks for the norms of this one."""
+        self.watch_norms = watch_norms
+        self._squares = {}
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._own or not self.watch_norms:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._add(group["component"], parameter.grad.float().norm().square())
+
+    def _add(self, component: str, square: torch.Tensor) -> None:
+        self._squares[component] = self._squares[component] + square if component in self._squares else square
