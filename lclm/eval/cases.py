@@ -103,7 +103,7 @@ class Needle:
         return "\n".join(part["text"] for part in _parts(self.messages) if part["type"] == "text").strip()
 
     def with_memory(self, kind: str) -> list[dict]:
-        """The messages with memory parts kept ("compressed"), left out ("none") or as text ("uncompressed")."""
+        """The messages with memories kept ("compressed"), left out ("none") or as text ("uncompressed")."""
         messages = []
         for message in self.messages:
             parts = message["content"]

@@ -72,8 +72,8 @@ class _Probes:
         self.ratios = sorted(settings.ratios or model.config.ratios or [self.geometry.ratio])
         self.limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.result: dict[str, Any] = {
-            "schema": 1, "seed": settings.seed, "ratios": self.ratios, "aims": settings.aims, "continuation": [],
-            "reconstruction": [], "needle": [], "texts": [], "absent": {},
+            "schema": 1, "seed": settings.seed, "ratios": self.ratios, "aims": settings.aims,
+            "continuation": [], "reconstruction": [], "needle": [], "texts": [], "absent": {},
         }  # fmt: skip
 
     def _score(self, examples: Sequence[Example]) -> list:
@@ -167,7 +167,8 @@ class _Probes:
             )
             shares = np.array([one.hits.mean() for one in scores])
             row: dict[str, Any] = {
-                "ratio": ratio, "context_tokens": length, "accuracy": {"compressed": interval.proportion(shares)},
+                "ratio": ratio, "context_tokens": length,
+                "accuracy": {"compressed": interval.proportion(shares)},
                 "exact": interval.proportion(np.array([one.hits.all() for one in scores])),
                 "loss": interval.mean(np.array([one.losses.mean() for one in scores])), **_counts(passages),
             }  # fmt: skip
@@ -206,7 +207,7 @@ class _Probes:
         found = find_needles(conversations)
         if not found:
             self.result["absent"]["needle"] = (
-                f"none of the {len(conversations)} held-out conversations asks for a number that its memory holds"
+                f"none of the {len(conversations)} held-out conversations asks for a number in its memory"
             )
             return
         rng = np.random.default_rng([self.settings.seed, 2])

@@ -1,4 +1,4 @@
-"""The report's plots: one idea each, as SVG text. matplotlib without a display; no global state is touched."""
+"""The report's plots: one idea each, as SVG text."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ LABELS = {
 WAYS = ("none", "shuffled", "compressed", "uncompressed")
 MOST_POINTS = 400
 STYLE = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "axes.edgecolor": "#999999", "legend.frameon": False,
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7, "axes.edgecolor": "#999999", "legend.frameon": False,
     "axes.titlesize": 11, "axes.titlelocation": "left", "lines.linewidth": 1.6, "svg.hashsalt": "lclm",
 }  # fmt: skip
 
@@ -45,10 +46,10 @@ class Plot:
 def draw_all(record: RunRecord) -> list[Plot]:
     """Every plot that the run has figures for, in the report's order."""
     specs: list[tuple[str, str, Callable[[RunRecord], tuple[Figure, str] | None]]] = [
+        ("saved", "memory", saved_over_steps),
         ("continuation", "memory", continuation_now),
         ("reconstruction", "memory", reconstruction_over_steps),
         ("needles", "memory", needles_over_steps),
-        ("continuation_steps", "memory", continuation_over_steps),
         ("loss", "training", lambda r: losses(r, "train")),
         ("validation", "training", lambda r: losses(r, "validation")),
         ("speed", "training", speed),
@@ -87,19 +88,21 @@ def _thin(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tup
     return np.add.reduceat(steps, edges) / counts, np.add.reduceat(values, edges) / counts
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a thirtieth of the run, narrower at its ends."""
-    width = max(1, len(values) // 30)
+def _smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Running mean over `width` values to either side, fewer at the ends; below 2 the values as they are."""
+    if width < 2:
+        return values
     total = np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(len(values))
     low, high = np.maximum(place - width, 0), np.minimum(place + width + 1, len(values))
     return (total[high] - total[low]) / (high - low)
 
 
-def _stages(axes: Axes, record: RunRecord) -> None:
-    """Stage limits as thin lines with names above the axes, where there is more than one stage."""
+def _stages(axes: Axes, record: RunRecord, *, names: bool = True) -> None:
+    """Stage limits as thin lines, with names above the axes, where there is more than one stage."""
     stages = record.stages()
     axes.set_xlabel("step")
+    axes.set_xlim(left=0)
     if len(stages) < 2:
         return
     whole = max(stage.last for stage in stages) or 1
@@ -107,6 +110,8 @@ def _stages(axes: Axes, record: RunRecord) -> None:
     for place, stage in enumerate(stages):
         if place:
             axes.axvline(stage.first - 0.5, color="#bbbbbb", linewidth=0.8, linestyle=":")
+        if not names:
+            continue
         level = (level + 1) % 2 if stage.first / whole < reached else 0
         reached = stage.first / whole + 0.012 * len(stage.name) + 0.01
         axes.annotate(
@@ -121,6 +126,23 @@ def _legend(axes: Axes, *, outside: bool = True) -> None:
         axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     elif handles:
         axes.legend(handles, labels, fontsize=9)
+
+
+def _runs(steps: np.ndarray, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The series cut where it pauses (a component that does not learn in some stage has no figures there)."""
+    gaps = np.diff(steps)
+    cuts = np.flatnonzero(gaps > 3 * np.median(gaps)) + 1 if len(gaps) else []
+    return list(zip(np.split(steps, cuts), np.split(values, cuts), strict=True))
+
+
+def _curve(
+    axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str | None, *, width: int, faint: bool
+) -> None:
+    """One line, a running mean over `width` points to either side, over its faint raw values if `faint`."""
+    if width > 1 and faint:
+        axes.plot(*_thin(x, y), color=colour, alpha=0.18, linewidth=0.8)
+    marker = "o" if width < 2 and len(x) < 30 else None
+    axes.plot(*_thin(x, _smooth(y, width)), color=colour, label=label, marker=marker, markersize=3)
 
 
 def _lines(
@@ -143,11 +165,9 @@ def _lines(
             continue
         drawn = True
         colour = COLOURS.get(name, CYCLE[place % len(CYCLE)])
-        if smooth and len(steps) > 60:
-            axes.plot(*_thin(steps, values * scale), color=colour, alpha=0.18, linewidth=0.8)
-            values = _smooth(values)
-        marker = "o" if len(steps) < 40 else None
-        axes.plot(*_thin(steps, values * scale), color=colour, label=name, marker=marker, markersize=3)
+        for part, (x, y) in enumerate(_runs(steps, values * scale)):
+            width = len(steps) // 30 if smooth else 0
+            _curve(axes, x, y, colour, name if part == 0 else None, width=width, faint=len(names) < 5)
     if not drawn:
         return None
     if log:
@@ -200,10 +220,7 @@ def _named(record: RunRecord, names: dict[str, str], label: str, scale: float = 
         steps, values = record.series("train", name)
         if len(steps):
             drawn = True
-            if len(steps) > 60:
-                axes.plot(*_thin(steps, values * scale), color=CYCLE[place], alpha=0.18, linewidth=0.8)
-                values = _smooth(values)
-            axes.plot(*_thin(steps, values * scale), color=CYCLE[place], label=text)
+            _curve(axes, steps, values * scale, CYCLE[place], text, width=len(steps) // 30, faint=True)
     if not drawn:
         return None
     axes.set_ylabel(label)
@@ -266,8 +283,9 @@ def continuation_now(record: RunRecord) -> tuple[Figure, str] | None:
     panels[0].set_ylabel("loss of what follows,\nnats per token")
     _legend(panels[-1])
     return figure, (
-        f"Is the memory used? Loss of the same next tokens under four contexts at step {record.probes[-1][0]} "
-        "(lower is better; bars: 95% intervals of each mean, which vary together: the table has the differences)."
+        f"Loss of the same next tokens under four contexts at step {record.probes[-1][0]} "
+        "(lower is better; bars: 95% intervals of each mean; they move together, "
+        "so compare the differences in the plot above)."
     )
 
 
@@ -304,28 +322,31 @@ def _by_ratio(record: RunRecord, probe: str) -> list[int]:
     return sorted({row["ratio"] for _, result in record.probes for row in result.get(probe, [])})
 
 
-def continuation_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
-    """Share of the uncompressed context's saving recovered, over steps, at the longest context."""
+def saved_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
+    """Loss saved against no context over steps, a panel per ratio, at the longest context."""
     ratios = _by_ratio(record, "continuation")
-    if not ratios or len(record.probes) < 2:
+    if not ratios:
         return None
-    longest = max(
-        row["context_tokens"] for _, result in record.probes for row in result.get("continuation", [])
-    )
+    rows = [row for _, result in record.probes for row in result.get("continuation", [])]
+    longest = max(row["context_tokens"] for row in rows)
     figure, panels = _axes(len(ratios))
     for axes, ratio in zip(panels, ratios, strict=True):
-        for way in WAYS:
+        axes.axhline(0, color=COLOURS["none"], linewidth=1, linestyle="--")
+        for way in WAYS[1:]:
 
             def pick(result: dict, ratio: int = ratio, way: str = way) -> dict | None:
                 rows = _rows(result, "continuation", ratio=ratio, context_tokens=longest)
-                return rows[0]["loss"].get(way) if rows else None
+                return rows[0]["saved"].get(way) if rows else None
 
             _over_steps(axes, record, pick, {"color": COLOURS[way], "label": LABELS[way]})
-        axes.set_title(f"{ratio}x", pad=24)
-        _stages(axes, record)
-    panels[0].set_ylabel("nats per token")
+        axes.set_title(f"{ratio}x")
+        _stages(axes, record, names=False)
+    panels[0].set_ylabel("loss saved against\nno context, nats per token")
     _legend(panels[-1])
-    return figure, f"Loss of what follows a context of {longest} tokens, over the run (bands: 95% intervals)."
+    return figure, (
+        f"Loss that a context of {longest} tokens saves on what follows it, against none: the same tokens "
+        "compared one by one (bands: 95% intervals of the difference; dashes: nothing saved)."
+    )
 
 
 def reconstruction_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
@@ -350,8 +371,8 @@ def reconstruction_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
         if last and place == len(kinds) - 1:
             axes.axhline(last["mean"], color="#7a7a7a", linestyle="--", linewidth=1)
             axes.annotate(
-                "another document's latents", (1, last["mean"]), xycoords=("axes fraction", "data"), ha="right",
-                xytext=(0, 3), textcoords="offset points", fontsize=8, color="#777777",
+                "another document's latents", (1, last["mean"]), xycoords=("axes fraction", "data"),
+                ha="right", xytext=(0, 3), textcoords="offset points", fontsize=8, color="#777777",
             )  # fmt: skip
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of tokens right")
@@ -359,7 +380,8 @@ def reconstruction_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
     _legend(axes)
     return (
         figure,
-        "Reconstruction: tokens right when a compressed text is repeated word for word (bands: 95% intervals).",
+        "Reconstruction: tokens right when a compressed text is repeated word for word "
+        "(bands: 95% intervals).",
     )
 
 
@@ -380,8 +402,8 @@ def needles_over_steps(record: RunRecord) -> tuple[Figure, str] | None:
 
             _over_steps(axes, record, pick, {"color": COLOURS[way], "label": LABELS[way]})
         axes.axhline(0.1, color="#bbbbbb", linestyle="--", linewidth=1)
-        axes.set_title(f"{ratio}x", pad=24)
-        _stages(axes, record)
+        axes.set_title(f"{ratio}x")
+        _stages(axes, record, names=False)
     panels[0].set_ylim(0, 1.02)
     panels[0].set_ylabel("share of digits right")
     _legend(panels[-1])

@@ -5,12 +5,12 @@ Four questions on held-out text, each asked at every ratio, each answer with a 9
 continuation    loss of a text's next tokens given what precedes it compressed, given nothing, given another
                 document's latents, given it uncompressed: the same tokens under all four, in nats per token
 reconstruction  share of tokens right when the compressed text is to be repeated word for word
-needle          share of digits right, and answers right whole, of numbers asked for in conversations: with the
-                memory, without it, and with its text uncompressed
+needle          share of digits right, and answers right whole, of numbers asked for in conversations: with
+                the memory, without it, and with its text uncompressed
 texts           greedily generated reconstructions and answers beside the truth, to be read by people
 
-"Right" is the argmax with the true tokens before it (teacher forcing). An answer whose tokens are all right in
-that sense is exactly the answer that greedy generation gives, so `exact` needs no generation.
+"Right" is the argmax with the true tokens before it (teacher forcing). An answer whose tokens are all right
+in that sense is exactly the answer that greedy generation gives, so `exact` needs no generation.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def run_probes(
     conversations: Sequence[list[dict]],
     settings: ProbeSettings,
 ) -> dict[str, Any]:
-    """Measure `model` (LCLMForConditionalGeneration, with its LCLMProcessor) on held-out `documents` (texts) and
-    `conversations` (lists of messages).
+    """Measure `model` (LCLMForConditionalGeneration, with its LCLMProcessor) on held-out `documents` (texts)
+    and `conversations` (lists of messages).
 
-    Deterministic in `settings.seed`: the same samples whatever the model, so runs and steps compare. The model
-    is put in evaluation mode without gradients, and back. Every rank of a sharded model must call it alike.
+    Deterministic in `settings.seed`: the same samples whatever the model, so runs and steps compare. The
+    model is put in evaluation mode without gradients, and back. Every rank of a sharded model must call it
+    alike.
     Returns plain data for JSON; what could not be measured is named with its reason in `absent`.
     """
     from lclm.eval.measure import measure

@@ -23,10 +23,10 @@ MARKS = {MET: "met", SIGN: "part", MISSED: "missed", UNKNOWN: "quiet"}
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.md`, `report/*.svg` and `report.html` into a run folder; returns the path of the HTML page.
+    """Write `report.md`, `report/*.svg` and `report.html` into a run folder; returns the page.
 
-    Works on a run that is unfinished, was restarted, or lacks parts, and says so in the report. ValueError when
-    the folder has no metrics at all.
+    Works on a run that is unfinished, was restarted, or lacks parts, and says so in the report. ValueError
+    when the folder has no metrics at all.
     """
     record = read_run(run_dir)
     plots = draw_all(record)
@@ -199,7 +199,7 @@ def _stage_rows(record: RunRecord) -> list[list[str]]:
 
 def _dataset_row(manifest: dict[str, Any]) -> list[str]:
     sources = [
-        f"{source.get('name', 'unnamed')} ({source.get('licence') or source.get('license') or 'licence not noted'})"
+        f"{source.get('name', 'unnamed')} ({source.get('licence') or 'licence not noted'})"
         for source in manifest.get("sources") or []
         if isinstance(source, dict)
     ]

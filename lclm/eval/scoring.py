@@ -15,7 +15,7 @@ from lclm.model.spans import Example, Geometry, lay_out
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one example's loss-bearing tokens, in order: losses in nats (float32), and argmax right or not (bool)."""
+    """Of one example's loss-bearing tokens, in order: losses in nats (float32), argmax right (bool)."""
 
     losses: np.ndarray
     hits: np.ndarray
@@ -80,7 +80,7 @@ def score(model: Any, examples: Sequence[Example], geometry: Geometry, budget: i
 def generate(
     model: Any, examples: Sequence[Example], geometry: Geometry, tokens: int, end: Sequence[int]
 ) -> list:
-    """The ids (int64 arrays) that greedy generation adds to each example, at most `tokens`, up to an `end` token."""
+    """The ids (int64 arrays) that greedy generation adds to each example: at most `tokens`, to an `end`."""
     if not examples:
         return []
     arrays = lay_out([[example] for example in examples], geometry, padding_side="left")

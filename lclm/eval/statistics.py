@@ -9,10 +9,11 @@ CONFIDENCE = 0.95
 
 
 class Bootstrap:
-    """Intervals by resampling samples with replacement, the same resamples for every figure of `count` samples.
+    """Intervals by resampling samples with replacement, the same resamples for every figure.
 
-    The sample (one document, one conversation) is what is drawn, not the token: tokens of one text are not
-    independent. Percentile intervals. Fewer than two samples give no interval (low and high are None).
+    `count` is the number of samples. The sample (one document, one conversation) is what is drawn, not the
+    token: tokens of one text are not independent. Percentile intervals. Fewer than two samples give no
+    interval (low and high are None).
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -24,15 +25,15 @@ class Bootstrap:
         np.add.at(self._weights, (np.arange(RESAMPLES)[:, None], draws), 1.0 / count)
 
     def mean(self, values: np.ndarray) -> dict[str, float | None]:
-        """Mean of `values` [count] as {"mean", "low", "high"}. A paired difference is the mean of differences."""
+        """Mean of `values` [count] as {"mean", "low", "high"}; paired differences are values too."""
         values = self._check(values)
         return self._interval(float(values.mean()), self._weights @ values)
 
     def proportion(self, values: np.ndarray) -> dict[str, float | None]:
         """Mean of `values` [count] between 0 and 1 (shares of tokens right, or right and wrong as 1 and 0).
 
-        Resampling samples that are all 0 or all 1 would give an interval of no width; there, and for values that
-        are only 0 and 1, it is Wilson's.
+        Resampling samples that are all 0 or all 1 would give an interval of no width; there, and for values
+        that are only 0 and 1, it is Wilson's.
         """
         values = self._check(values)
         if not np.isin(values, (0.0, 1.0)).all() or self.count < 2:
@@ -43,7 +44,7 @@ class Bootstrap:
         return {"mean": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
 
     def share(self, part: np.ndarray, whole: np.ndarray) -> dict[str, float | None]:
-        """sum(part) / sum(whole) as {"mean", "low", "high"}; all None where the whole is not clearly positive.
+        """sum(part) / sum(whole) as {"mean", "low", "high"}; all None unless the whole is clearly positive.
 
         `part` and `whole` are paired by sample. When the interval of the whole touches zero, the ratio has no
         meaning (there was nothing to recover) and none is given.

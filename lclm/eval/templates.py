@@ -1,5 +1,7 @@
 """The report's two pages as Jinja templates; `report.py` fills both with the same facts."""
 
+# ruff: noqa: E501
+
 MARKDOWN = """\
 # {{ title }}
 

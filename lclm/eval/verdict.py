@@ -41,7 +41,7 @@ def _aim(aims: dict, figure: str, ratio: int) -> float | None:
 
 
 def _judge(value: dict, gain: dict, least: float | None) -> str:
-    """`value` against its aim; short of it (or without one), `gain` over no use of the memory must exceed 0."""
+    """`value` against its aim; in any case `gain`, what the memory adds, must exceed 0 by its interval."""
     if value["mean"] is None:
         return UNKNOWN
     sure = gain["low"] is not None and gain["low"] > 0
@@ -93,14 +93,15 @@ def _continuation(row: dict, aims: dict) -> list[Verdict]:
     loss = row["loss"]
     rows = [
         _row(
-            "Continuation: loss saved by the compressed context", row, where, saved["compressed"], "nats per token",
-            "> 0", _judge(saved["compressed"], saved["compressed"], None),
+            "Continuation: loss saved by the compressed context", row, where, saved["compressed"],
+            "nats per token", "> 0", _judge(saved["compressed"], saved["compressed"], None),
             f"{saved['uncompressed']['mean']:.3f} saved by the uncompressed one, "
             f"from {loss['none']['mean']:.3f} with none",
         ),
         _row(
-            "Continuation: share of the uncompressed context's saving", row, where, row["recovered"]["compressed"],
-            "share", _least(least, "> 0"), _judge(row["recovered"]["compressed"], saved["compressed"], least),
+            "Continuation: share of the uncompressed context's saving", row, where,
+            row["recovered"]["compressed"], "share", _least(least, "> 0"),
+            _judge(row["recovered"]["compressed"], saved["compressed"], least),
         ),
     ]  # fmt: skip
     if "shuffled" not in saved:

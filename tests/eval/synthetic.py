@@ -38,7 +38,8 @@ def probe(skill: float, *, aims: dict | None = None) -> dict[str, Any]:
             saved = {way: near(1.34 - value, 0.01) for way, value in loss.items() if way != "none"}
             result["continuation"].append(
                 {
-                    "ratio": ratio, "context_tokens": length, "next_tokens": 63, "samples": 64, "documents": 60,
+                    "ratio": ratio, "context_tokens": length, "next_tokens": 63, "samples": 64,
+                    "documents": 60,
                     "loss": {way: near(value, 0.04) for way, value in loss.items()}, "saved": saved,
                     "recovered": {"compressed": near(use, 0.1), "shuffled": near(-0.02, 0.1)},
                     "own": near(0.11 * use, 0.01),
@@ -64,7 +65,7 @@ def probe(skill: float, *, aims: dict | None = None) -> dict[str, Any]:
         )  # fmt: skip
         text = "def read(path):\n    '''Read <b>a</b> file | twice.'''\n"
         result["texts"] += [
-            {"kind": "reconstruction", "ratio": ratio, "truth": text, "written": text.replace("twice", "thrice")},
+            {"kind": "reconstruction", "ratio": ratio, "truth": text, "written": text.replace("tw", "thr")},
             {
                 "kind": "answer", "ratio": ratio, "truth": "90210", "written": "90218", "context": text,
                 "question": "What is the magic number for river?",
@@ -81,12 +82,12 @@ def _train(step: int, stage: str, rng: np.random.Generator) -> dict[str, Any]:
     return {
         "loss": float(np.mean(list(tasks.values()))), "loss_tokens": 2000, "task_loss": tasks,
         "grad_norm": {**norms, "all": float(np.sqrt(sum(n * n for n in norms.values())))},
-        "lr": {name: 3e-3 * (1 - 0.9 * step / 500) * (1 if stage == "scratch" else 0.1) for name in LEARN[stage]},
+        "lr": dict.fromkeys(LEARN[stage], (0.003 if stage == "scratch" else 0.0003) * (1 - 0.9 * step / 500)),
         "step_seconds": 0.17, "source_tokens_per_second": float(rng.uniform(2.6e4, 3e4)),
         "positions_per_second": float(rng.uniform(1.1e4, 1.3e4)), "mfu": float(rng.uniform(0.3, 0.4)),
         "waste": {"positions": 0.02, "rows": float(rng.uniform(0.03, 0.08)), "latents": 0.3},
-        "data_wait": float(rng.uniform(0, 0.02)), "overhead": float(rng.uniform(0.03, 0.06)), "memory_gib": 0.9,
-        "skipped": 0,
+        "data_wait": float(rng.uniform(0, 0.02)), "overhead": float(rng.uniform(0.03, 0.06)),
+        "memory_gib": 0.9, "skipped": 0,
     }  # fmt: skip
 
 
