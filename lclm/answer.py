@@ -55,6 +55,58 @@ def answer(
         _answer_once(model, processor, conversation(prompt, []), max_new_tokens, temperature, seed)
 
 
+def ask(checkpoint: str, data_set: str, count: int = 3, max_new_tokens: int = 64) -> None:
+    """Ask `count` questions of a conversations data set, spread over it, at every ratio of the model.
+
+    Prints each document, question, answer and true answer. Raises ValueError or OSError as `answer` does, and
+    when the data set holds no conversation with memory.
+    """
+    from lclm.data.shards import DataSet
+
+    data = DataSet.open(data_set)
+    if data.kind != "conversations":
+        raise ValueError(f"{data_set}: holds {data.kind}; name a split of conversations")
+    model, processor = _load(checkpoint)
+    asked = 0
+    for number in range(count):
+        shard, start = data.locate(number * data.num_samples // count)
+        messages = data.read(shard, start, start + 1)[0].messages or []
+        documents, question = _document_and_question(messages)
+        if len(messages) < 2 or not documents:
+            continue
+        asked += 1
+        print("\n" + "\n".join(f"  | {line}" for text in documents for line in text.splitlines()))
+        print(f"question: {question}\n    true: {messages[1]['content']}")
+        for ratio in model.config.ratios:
+            turn = conversation(question, documents, ratio)
+            inputs = _inputs(model, processor, turn)
+            latents = int(inputs["memory_sizes"].sum())
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            text = processor.tokenizer.decode(
+                ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            print(f"{ratio:>7}x: {text}   (from {latents} latents)", flush=True)
+    if not asked:
+        raise ValueError(f"{data_set}: none of {count} conversations has memory; nothing to ask")
+
+
+def _document_and_question(messages: list[dict[str, Any]]) -> tuple[list[str], str]:
+    parts = _parts(messages[0]) if messages else []
+    documents = [part["text"] for part in parts if part["type"] == "memory"]
+    return documents, "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _inputs(model: Any, processor: Any, messages: list[dict]) -> Any:
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+
+
 def _load(checkpoint: str) -> tuple[Any, Any]:
     import torch
 
@@ -73,9 +125,7 @@ def _answer_once(
     import torch
     from transformers import TextStreamer
 
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    inputs = _inputs(model, processor, messages)
     _say_what_is_read(inputs)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -88,7 +138,7 @@ def _say_what_is_read(inputs: Any) -> None:
     compressed = int((inputs["block_index"] >= 0).sum()) if latents else 0
     positions = inputs["input_ids"].shape[1]
     if latents:
-        line = f"read {compressed:,} tokens as {latents:,} latents, and {positions - latents:,} tokens as they are"
+        line = f"read {compressed:,} tokens as {latents:,} latents and {positions - latents:,} as they are"
     else:
         line = f"read {positions:,} tokens as they are"
     print(line, file=sys.stderr, flush=True)

@@ -105,7 +105,9 @@ def export(
 @app.command(short_help="Answer a prompt about documents read as latents.")
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="An exported folder, a released checkpoint or a Hub id.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; text after the documents.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The question; text after the documents.")
+    ] = None,
     memory: Annotated[
         list[Path] | None,
         typer.Option(
@@ -119,6 +121,12 @@ def generate(
     no_memory: Annotated[
         bool, typer.Option("--no-memory", help="Also answer without the documents.")
     ] = False,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a prompt: ask what this conversations data set asks, and show the truth."
+        ),
+    ] = None,
 ) -> None:
     """Answer a prompt about documents that the model reads as latents only. The answer streams to standard
     output; what was read goes to standard error.
@@ -127,19 +135,25 @@ def generate(
       lclm generate my-model --memory report.txt --prompt "What was the profit?"
       lclm generate my-model -m a.txt -m b.txt --ratio 8 -p "How do they differ?"
       man ls | lclm generate my-model -m - -p "Which option sorts by size?"
+      lclm generate runs/tiny/export --questions data/stdlib/conversations/heldout
     """
-    from lclm.answer import answer
+    from lclm.answer import answer, ask
 
-    answer(
-        checkpoint,
-        prompt,
-        memory or [],
-        ratio=ratio,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        compare=no_memory,
-    )
+    if questions is not None and prompt is None:
+        ask(checkpoint, questions)
+    elif prompt is not None and questions is None:
+        answer(
+            checkpoint,
+            prompt,
+            memory or [],
+            ratio=ratio,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            compare=no_memory,
+        )
+    else:
+        raise ValueError("give one of --prompt and --questions")
 
 
 @recipe.command("show", short_help="Print the resolved recipe and count parameters.")
