@@ -1,0 +1,215 @@
+"""The released layout: decoder/, encoder/, adapter/adapter.safetensors and model_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from .attention import resolve
+from .configuration import LCLMConfig
+from .text import mark_ids
+
+if TYPE_CHECKING:
+    from .modeling import LCLMForConditionalGeneration
+
+SETTINGS = "model_config.json"
+ADAPTER = "adapter/adapter.safetensors"
+_HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+_LOAD = ("dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "quantization_config")
+
+
+def released_folder(name_or_path: Any, **kwargs: Any) -> Path | None:
+    """Local folder of a checkpoint in the released layout, fetched from the Hub if need be; None for a native one."""
+    if name_or_path is None:
+        return None
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder if (folder / SETTINGS).is_file() and not (folder / "config.json").is_file() else None
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(str(name_or_path), "config.json", **hub, **quiet) is not None:
+        return None
+    if cached_file(str(name_or_path), SETTINGS, **hub, **quiet) is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    hub.pop("proxies", None)
+    return Path(snapshot_download(str(name_or_path), **hub))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """model_config.json as LCLMConfig's settings; ValueError with the file and key for what is wrong."""
+    path = folder / SETTINGS
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}; a released checkpoint needs it as a JSON object") from error
+    missing = [key for key in ("compression_ratio", "encoder_window_size") if key not in raw]
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]!r}")
+    return {
+        "ratio": raw["compression_ratio"],
+        "window": raw["encoder_window_size"],
+        "pooling": raw.get("pooling", "mean"),
+        "encoder_attention": raw.get("encoder_mask_type", "causal"),
+        "overlap": raw.get("boundary_overlap", 0) or 0,
+        "adapter": raw.get("adapter_type", "mlp"),
+        "adapter_layers": raw.get("num_adapter_layers"),
+    }
+
+
+def released_config(folder: Path) -> LCLMConfig:
+    """LCLMConfig of a checkpoint in the released layout."""
+    settings = read_settings(folder)
+    if settings["adapter"] == "mlp":
+        settings["adapter_layers"] = 0
+    shapes = _adapter_weights(folder)
+    decoder_tokenizer, encoder_tokenizer = released_tokenizers(folder)
+    return LCLMConfig(
+        encoder_config=AutoConfig.from_pretrained(folder / "encoder"),
+        decoder_config=AutoConfig.from_pretrained(folder / "decoder"),
+        adapter_hidden=shapes["fc1.weight"].shape[0],
+        **settings,
+        **token_ids(decoder_tokenizer, encoder_tokenizer),
+    )
+
+
+def released_tokenizers(folder: Path) -> tuple[Any, Any]:
+    """(decoder's, encoder's) tokenizers."""
+    return AutoTokenizer.from_pretrained(folder / "decoder"), AutoTokenizer.from_pretrained(folder / "encoder")
+
+
+def token_ids(tokenizer: Any, encoder_tokenizer: Any) -> dict[str, int]:
+    """The ids that a geometry needs, from the two tokenizers."""
+    start, end, memory = mark_ids(tokenizer)
+    encoder_pad = _pad_id(encoder_tokenizer)
+    return {
+        "memory_start_id": start,
+        "memory_id": memory,
+        "memory_end_id": end,
+        "pad_id": _pad_id(tokenizer),
+        "encoder_pad_id": encoder_pad,
+        "encoder_marker_id": encoder_pad,
+    }
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if number is not None:
+            return int(number)
+    raise ValueError("the tokenizer has neither a pad nor an end-of-sequence token; set tokenizer.pad_token")
+
+
+def _adapter_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / ADAPTER
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f"cannot read the adapter {path}: {error}") from error
+
+
+def from_released(cls: Any, folder: Path, *args: Any, **kwargs: Any) -> LCLMForConditionalGeneration:
+    """Build a model from the released layout. kwargs: dtype, attn_implementation, device_map as in transformers."""
+    load = {name: kwargs[name] for name in _LOAD if name in kwargs}
+    if "torch_dtype" in kwargs:
+        load.setdefault("dtype", kwargs["torch_dtype"])
+    load.setdefault("attn_implementation", resolve("auto"))
+    encoder = AutoModel.from_pretrained(folder / "encoder", **load)
+    decoder = AutoModelForCausalLM.from_pretrained(folder / "decoder", **load)
+    model = assemble(cls, kwargs.get("config") or released_config(folder), encoder, decoder)
+    weights = _adapter_weights(folder)
+    try:
+        model.adapter.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the adapter {folder / ADAPTER} does not fit {folder / SETTINGS}: {error}") from error
+    return model.eval()
+
+
+def assemble(cls: Any, config: LCLMConfig, encoder: Any, decoder: Any) -> LCLMForConditionalGeneration:
+    """A model around a loaded encoder and decoder; the brackets start as the decoder's embeddings of the marks."""
+    config.encoder_config, config.decoder_config = encoder.config, decoder.config
+    config._attn_implementation_internal = decoder.config._attn_implementation
+    with torch.device("meta"):
+        model = cls(config)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    table = decoder.get_input_embeddings().weight
+    model.adapter.to_empty(device=table.device).to(table.dtype)
+    model.brackets.to_empty(device=table.device).to(table.dtype)
+    if model.block_position is not None:
+        model.block_position.to_empty(device=table.device).to(table.dtype)
+    model.encoder, model.decoder = encoder, decoder
+    model.config.dtype = table.dtype
+    with torch.no_grad():
+        model.brackets.weight.copy_(table[list(model.brackets.ids)])
+    model.generation_config = decoder.generation_config
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    return model
+
+
+def save_released(
+    model: LCLMForConditionalGeneration,
+    save_directory: Any,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write the three-folder layout; the brackets become rows of the decoder's embeddings.
+
+    state_dict: the model's weights if they are not in it (gathered from a sharded engine). The tokenizers are
+    written by the processor. ValueError for what the layout cannot hold.
+    """
+    config = model.config
+    if config.tie_word_embeddings:
+        raise ValueError(
+            "the released layout cannot hold embeddings shared between encoder and decoder (tie_embeddings); "
+            "save with layout='native'"
+        )
+    if config.position_in_block:
+        raise ValueError("the released layout has no place for position_in_block; save with layout='native'")
+    folder = Path(save_directory)
+    weights = model.state_dict() if state_dict is None else state_dict
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "adapter": {}, "brackets": {}}
+    for name, value in weights.items():
+        part, _, rest = name.partition(".")
+        if part in parts:
+            parts[part][rest] = value
+    _write_brackets(model, parts)
+    model.encoder.save_pretrained(folder / "encoder", state_dict=parts["encoder"], **kwargs)
+    model.decoder.save_pretrained(folder / "decoder", state_dict=parts["decoder"], **kwargs)
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in parts["adapter"].items()}, folder / ADAPTER)
+    settings = {
+        "compression_ratio": config.ratio,
+        "encoder_window_size": config.window,
+        "pooling": config.pooling,
+        "encoder_mask_type": config.encoder_attention,
+        "boundary_overlap": config.overlap,
+        "adapter_type": config.adapter,
+    }
+    if config.adapter_layers:
+        settings["num_adapter_layers"] = config.adapter_layers
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").unlink(missing_ok=True)
+
+
+def _write_brackets(model: LCLMForConditionalGeneration, parts: dict[str, dict[str, Tensor]]) -> None:
+    """Put the brackets into (a copy of) the decoder's embedding table, wherever it appears."""
+    decoder = model.decoder
+    table = decoder.get_input_embeddings().weight
+    names = [name for name, value in decoder.named_parameters(remove_duplicate=False) if value is table]
+    present = [name for name in names if name in parts["decoder"]]
+    written = parts["decoder"][present[0]].clone()
+    brackets = parts["brackets"]["weight"].to(written)
+    written[list(model.brackets.ids)] = brackets
+    for name in present:
+        parts["decoder"][name] = written
+
