@@ -1,0 +1,163 @@
+"""The order of data: a pure function of (seed, epoch, data fingerprint).
+
+An epoch is a seeded permutation of a source's runs (contiguous samples of a shard). The epochs of a source,
+one after another, are one endless sequence of runs; lane l of L takes runs l, l + L, l + 2L, ... of it. So a
+lane's place in a source is two whole numbers: its turn (runs begun) and the next sample in that run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from lclm.data.settings import SourceSettings
+from lclm.data.shards import DataSet, Sample
+
+READ_BYTES = 1 << 22
+"""About how many bytes of text a lane reads ahead within a run."""
+
+_MASK = (1 << 64) - 1
+
+
+def seed_of(*parts: Any) -> int:
+    """A 128-bit number that depends on every part; equal parts give equal numbers everywhere."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Place `index` of a pseudorandom permutation of range(size), in constant time and memory.
+
+    A balanced Feistel network over the next even number of bits, walked until it lands inside `size`.
+    """
+    if not 0 <= index < size:
+        raise ValueError(f"index {index} is outside range({size})")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for turn in range(6):
+            left, right = right, left ^ (_mix(right ^ (key >> (turn * 16)) ^ (turn << 58)) & low)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _mix(value: int) -> int:
+    """The finaliser of splitmix64."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sample of a lane: the `index`-th of the `turn`-th run of a source that the lane takes."""
+
+    turn: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the data set numbers it: samples `start` to `stop` of a shard, in one epoch."""
+
+    epoch: int
+    shard: int
+    start: int
+    stop: int
+
+
+class Source:
+    """One data set and the seeded order of its runs, shared by all lanes.
+
+    epochs: how often it is passed; None means for ever. ValueError for an empty or unreadable data set.
+    """
+
+    def __init__(
+        self, name: str, settings: SourceSettings, *, seed: int, run_samples: int, epochs: int | None = None
+    ) -> None:
+        self.name, self.seed, self.run_samples, self.epochs = name, seed, run_samples, epochs
+        try:
+            self.data = DataSet.open(settings.path)
+        except ValueError as error:
+            raise ValueError(f"data source {name!r}: {error}") from error
+        self.fingerprint = self.data.fingerprint
+        self.runs = self.data.runs(run_samples)
+        if not self.runs:
+            raise ValueError(f"data source {name!r}: {settings.path} holds no samples; build it from more text")
+        self._key = lru_cache(maxsize=8)(lambda epoch: seed_of("order", seed, self.fingerprint, epoch))
+
+    def run(self, number: int) -> Run | None:
+        """Run `number` of the endless sequence of epochs; None beyond the last epoch."""
+        epoch, place = divmod(number, self.runs)
+        if self.epochs is not None and epoch >= self.epochs:
+            return None
+        shard, start, stop = self.data.run(permuted(place, self.runs, self._key(epoch)), self.run_samples)
+        return Run(epoch, shard, start, stop)
+
+    def draws(self, epoch: int, shard: int, number: int, offset: int) -> random.Random:
+        """The random numbers of one example: the same wherever and whenever it is made."""
+        return random.Random(seed_of("sample", self.seed, self.fingerprint, epoch, shard, number, offset))
+
+
+@dataclass
+class Held:
+    """A sample on its way into packs, with the character offset up to which it has been used."""
+
+    sample: Sample
+    place: Place
+    epoch: int
+    shard: int
+    number: int
+    offset: int = 0
+
+
+class SourceLane:
+    """One lane's walk through one source. `turn` and `index` are its whole state."""
+
+    def __init__(self, source: Source, lane: int, lanes: int, turn: int = 0, index: int = 0) -> None:
+        self.source, self.lane, self.lanes = source, lane, lanes
+        self.turn, self.index = turn, index
+        self._buffer: deque[Held] = deque()
+
+    def pull(self) -> Held | None:
+        """The lane's next sample, or None when all epochs are used up."""
+        while True:
+            run = self.source.run(self.lane + self.turn * self.lanes)
+            if run is None:
+                return None
+            if self.index < run.stop - run.start:
+                break
+            self.turn, self.index = self.turn + 1, 0
+        if not self._buffer:
+            self._buffer.extend(self._read(run, self.turn, self.index, run.stop - run.start))
+        held = self._buffer.popleft()
+        self.index += 1
+        return held
+
+    def fetch(self, place: Place) -> Held:
+        """The sample at a place that this lane has been at, read again."""
+        run = self.source.run(self.lane + place.turn * self.lanes)
+        if run is None or run.start + place.index >= run.stop:
+            raise ValueError(
+                f"data source {self.source.name!r} has no sample at run {place.turn}, index {place.index} of "
+                f"lane {self.lane}: the cursor belongs to other data or other settings"
+            )
+        return self._read(run, place.turn, place.index, place.index + 1)[0]
+
+    def _read(self, run: Run, turn: int, index: int, stop: int) -> list[Held]:
+        """Samples `index` up to `stop` of the run, fewer when they are long."""
+        sizes = self.source.data.text_bytes(run.shard)[run.start + index : run.start + stop].cumsum()
+        count = max(1, int((sizes <= READ_BYTES).sum()))
+        first = run.start + index
+        samples = self.source.data.read(run.shard, first, first + count)
+        return [
+            Held(sample, Place(turn, index + i), run.epoch, run.shard, first + i)
+            for i, sample in enumerate(samples)
+        ]
