@@ -94,7 +94,7 @@ def export(
       lclm export runs/tiny --stage joint -o my-model
       lclm export runs/0.6b-4b-16x --layout released -o my-model
     """
-    from lclm.checkpoint import export_run
+    from lclm.hub.export import export_run
 
     folder = export_run(run, output, stage=stage, layout=layout)
     typer.echo(
