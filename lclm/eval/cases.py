@@ -81,9 +81,9 @@ def continuation(memory: Span | None, context_ids: np.ndarray | None, passage: P
     return Example((*before, Span("text", passage.next_ids, loss=True)))
 
 
-def reconstruction(memory: Span, prompt: Span, passage: Passage) -> Example:
+def reconstruction(memory: Span, prompt: list[Span], passage: Passage) -> Example:
     """memory, prompt, the memory's own text: as the `reconstruct` task trains it."""
-    return Example((memory, prompt, Span("text", passage.context_ids, loss=True)))
+    return Example((memory, *prompt, Span("text", passage.context_ids, loss=True)))
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class _Probes:
     def __init__(self, model: Any, processor: Any, settings: ProbeSettings) -> None:
         self.model = model
         self.settings = settings
-        self.spans = SpanTokenizer(processor.tokenizer, processor.encoder_tokenizer)
+        self.spans: SpanTokenizer = processor.spans
         self.geometry: Geometry = model.config.geometry()
         self.ratios = sorted(settings.ratios or model.config.ratios or [self.geometry.ratio])
         self.limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -157,7 +157,7 @@ class _Probes:
         passages = self._passages("reconstruction", documents, length, 0)
         if not passages:
             return
-        prompt = self.spans.text(prompt_text)
+        prompt = [self.spans.text(prompt_text)] if prompt_text else []
         partners = others(passages)
         interval = Bootstrap(len(passages), self.settings.seed)
         for ratio in self.ratios:
@@ -183,10 +183,10 @@ class _Probes:
             self._reconstructed_texts(passages, memories, prompt, ratio, length)
 
     def _reconstructed_texts(
-        self, passages: list[Passage], memories: list[Span], prompt: Span, ratio: int, length: int
+        self, passages: list[Passage], memories: list[Span], prompt: list[Span], ratio: int, length: int
     ) -> None:
         shown = min(self.settings.texts, len(passages))
-        written = self._generate([Example((memory, prompt)) for memory in memories[:shown]], length)
+        written = self._generate([Example((memory, *prompt)) for memory in memories[:shown]], length)
         for passage, text in zip(passages[:shown], written, strict=True):
             truth = self.spans.content.decode(passage.context_ids)
             self.result["texts"].append(
@@ -194,9 +194,9 @@ class _Probes:
             )
 
     def _generate(self, examples: list[Example], tokens: int) -> list[str]:
-        end = [self.spans.end_of_text_id]
         eos = self.model.generation_config.eos_token_id
-        end += eos if isinstance(eos, list) else [eos] if eos is not None else []
+        end = [self.spans.end_of_text_id, self.spans.tokenizer.eos_token_id]
+        end = [number for number in end + (eos if isinstance(eos, list) else [eos]) if number is not None]
         return [
             self.spans.content.decode(ids)
             for ids in generate(self.model, examples, self.geometry, tokens, end)

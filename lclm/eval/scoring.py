@@ -65,15 +65,15 @@ def score(model: Any, examples: Sequence[Example], geometry: Geometry, budget: i
         arrays = lay_out([[examples[index]] for index in batch], geometry)
         labels = torch.from_numpy(arrays.pop("labels"))
         rows, columns = (labels != -100).nonzero(as_tuple=True)
-        wanted = labels[rows, columns]
-        logits = model(**tensors(arrays, model.device), use_cache=False).logits
-        chosen = logits[rows.to(logits.device), (columns - 1).to(logits.device)].float()
-        wanted = wanted.to(chosen.device)
+        wanted = labels[rows, columns].to(model.device)
+        kept, place = torch.unique(columns - 1, return_inverse=True)
+        logits = model(**tensors(arrays, model.device), logits_to_keep=kept.to(model.device)).logits
+        chosen = logits[rows.to(logits.device), place.to(logits.device)].float()
         losses = torch.nn.functional.cross_entropy(chosen, wanted, reduction="none").cpu().numpy()
         hits = (chosen.argmax(-1) == wanted).cpu().numpy()
-        place = rows.numpy()
+        owner = rows.numpy()
         for row, index in enumerate(batch):
-            scores[index] = Scores(losses[place == row], hits[place == row])
+            scores[index] = Scores(losses[owner == row], hits[owner == row])
     return [found for found in scores if found is not None]
 
 
