@@ -1,13 +1,13 @@
 """Tokenizers for models trained from scratch, saved as folders that transformers loads.
 
-Three kinds: `bpe` (byte-level BPE), `sentencepiece` (a unigram model, bytes for unknown characters) and `bytes` (256
-bytes plus chosen words and phrases, nothing to train). All carry the control tokens, the marks and a chat template.
+Three kinds: `bpe` (byte-level BPE), `sentencepiece` (a unigram model, bytes for unknown characters) and
+`bytes` (256 bytes plus chosen words and phrases, nothing to train). All carry the control tokens, the marks
+and a chat template.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,10 +39,10 @@ KINDS = ("bpe", "sentencepiece", "bytes")
 class TokenizerSettings:
     """The pipeline recipe's `tokenizer:` section.
 
-    kind: bpe | sentencepiece | bytes. vocabulary: tokens to learn, controls not counted (bpe, sentencepiece).
-    words: whole words or phrases, each one token (bytes); " {key}" stands for every key of the recipe's `keys:`.
-    keys: words that " {key}" stands for. max_bytes: how much of the training documents to learn from.
-    chat_template: a Jinja template over the control tokens.
+    kind: bpe | sentencepiece | bytes. vocabulary: tokens to learn, controls not counted (bpe,
+    sentencepiece). words: whole words or phrases, each one token (bytes); one that holds {key} stands for
+    one word for each key. keys: what {key} stands for. max_bytes: how much of the training documents to
+    learn from. chat_template: a Jinja template over the control tokens.
     """
 
     kind: str = "bytes"
@@ -116,7 +116,7 @@ def make_tokenizer(settings: TokenizerSettings, texts: Iterable[str], folder: st
 def bytes_tokenizer(words: Sequence[str]) -> Tokenizer:
     """256 bytes and `words`, each one token wherever it stands between word boundaries.
 
-    The words are in the model's vocabulary, found whole (no merges); they are ordinary text, not added tokens.
+    The words are in the model's vocabulary, found whole (no merges); they are text, not added tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -152,8 +152,8 @@ def bpe_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() < vocabulary:
         raise ValueError(
-            f"the documents are too few for tokenizer.vocabulary={vocabulary}: only {backend.get_vocab_size()} tokens "
-            "could be learned; add documents or ask for fewer"
+            f"too few documents for tokenizer.vocabulary={vocabulary}: only {backend.get_vocab_size()} "
+            "tokens could be learned; add documents or ask for fewer tokens"
         )
     return _with_controls(backend)
 

@@ -126,7 +126,8 @@ class ShardWriter:
     """Write samples to shards ``{prefix}-00000.tar`` and on, each at most about `max_bytes` long.
 
     A shard is written under a temporary name and renamed when complete, its index first. The same samples in
-    the same order give the same bytes. As a context manager, ``shards`` then lists what was written; leaving with an exception removes the unfinished shard.
+    the same order give the same bytes. As a context manager, ``shards`` then lists what was written; leaving
+    with an exception removes the unfinished shard.
 
     :raises ValueError: a malformed key, an empty text, a conversation that is none, or a full disk.
     """
