@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 recipe=recipes/tiny.yaml
 data=data/stdlib
 run=runs/tiny
-export_to=$run/export
 skipped=()
 
 say() { printf '\n== %s\n' "$*"; }
@@ -16,15 +15,11 @@ if [ -n "${FRESH:-}" ] && [ "${FRESH}" != 0 ]; then
     rm -rf "$data" "$run"
 fi
 
-if [ -f "$data/documents/train/manifest.json" ] && [ -f "$data/conversations/heldout/manifest.json" ]; then
-    skipped+=("data:     $data")
-else
-    say "data: the Python standard library's source -> $data"
-    lclm data build recipes/data/stdlib.yaml
-fi
+say "data: the Python standard library's source -> $data"
+lclm data build recipes/data/stdlib.yaml
 
-if grep -qs '"event": *"done"' "$run/metrics.jsonl"; then
-    skipped+=("training: $run ($recipe as it was then)")
+if [ -f "$run/export/config.json" ]; then
+    skipped+=("training  $run, by $recipe as it was then")
 else
     lclm recipe validate "$recipe"
     say "training: $recipe on two processes -> $run"
@@ -32,24 +27,17 @@ else
 fi
 
 if [ "$run/report.html" -nt "$run/metrics.jsonl" ]; then
-    skipped+=("report:   $run/report.html")
+    skipped+=("report    $run/report.html")
 else
     say "report"
     lclm report "$run"
 fi
 
-if [ -f "$export_to/config.json" ]; then
-    skipped+=("export:   $export_to")
-else
-    say "export"
-    lclm export "$run" -o "$export_to"
-fi
-
 say "a sample: the model reads a held-out document as latents only, and is asked about it"
-lclm generate "$export_to" --questions "$data/conversations/heldout"
+lclm generate "$run/export" --questions "$data/conversations/heldout"
 
 if [ ${#skipped[@]} -gt 0 ]; then
-    say "already done, and not done again:"
+    say "done before, and not done again:"
     printf '   %s\n' "${skipped[@]}"
     echo "   FRESH=1 make train deletes $data and $run and does all of it again"
 fi

@@ -62,9 +62,11 @@ def train(recipe_path: RecipePath, overrides: Overrides = None) -> None:
     of every stage. A run that is complete says so and changes nothing.
     """
     from lclm.recipe import load_recipe
+
+    loaded = load_recipe(recipe_path, overrides or [])
     from lclm.train.trainer import train as run
 
-    run(load_recipe(recipe_path, overrides or []))
+    run(loaded)
 
 
 @app.command(short_help="Write a page with the plots of a run.")
@@ -206,10 +208,11 @@ def recipe_validate(
 def data_build(
     pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline recipe, see recipes/data.")],
     overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Build again although it is up to date.")] = False,
 ) -> None:
-    """Build a data set: read the sources, filter, deduplicate, split, and write webdataset shards.
+    """Build data sets: read the sources, filter, deduplicate, split, and write webdataset shards.
 
-    Interrupted, the same command goes on; complete, it says so and changes nothing.
+    Interrupted, the same command goes on; complete and up to date, it says so and changes nothing.
 
     \b
       lclm data build recipes/data/stdlib.yaml
@@ -217,7 +220,7 @@ def data_build(
     """
     from data_pipelines.build import build
 
-    build(pipeline, overrides or [])
+    typer.echo(build(pipeline, overrides or [], fresh=fresh))
 
 
 @data.command("verify", short_help="Check a data set against its checksums.")

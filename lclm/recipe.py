@@ -67,6 +67,11 @@ class Recipe:
         finally:
             beside.unlink(missing_ok=True)
 
+    @staticmethod
+    def read(path: str | Path) -> Recipe:
+        """A recipe from a file that `save` wrote; not validated again."""
+        return load_recipe(path, validate=False)
+
     def validate(self) -> None:
         """What must hold across parts. Raises one ValueError that lists everything that does not."""
         problems = [*_schema_problems(self), *_model_problems(self), *_data_problems(self)]
