@@ -97,7 +97,14 @@ def quiet() -> None:
 
 
 def deepspeed_config(
-    settings: EngineSettings, *, zero: int, clip: float, micro_batch: int, accumulation: int, elements: int, world: int
+    settings: EngineSettings,
+    *,
+    zero: int,
+    clip: float,
+    micro_batch: int,
+    accumulation: int,
+    elements: int,
+    world: int,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration. `elements` bounds the buckets: the number of parameters that learn.
 
@@ -136,7 +143,12 @@ class Engine:
     """A model on DeepSpeed, with the optimizer's groups within reach at every ZeRO stage."""
 
     def __init__(
-        self, model: torch.nn.Module, groups: list[Group], settings: EngineSettings, processes: Processes, **config: Any
+        self,
+        model: torch.nn.Module,
+        groups: list[Group],
+        settings: EngineSettings,
+        processes: Processes,
+        **config: Any,
     ) -> None:
         """`config` is what `deepspeed_config` takes beside the settings. Raises ValueError where Muon meets ZeRO."""
         import deepspeed
@@ -150,6 +162,7 @@ class Engine:
             )
         self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         elements = sum(parameter.numel() for group in groups for parameter in group["params"])
+        start = self._learning(model) if self.bf16 else {}
         self.base = build_optimizer([{**group, "lr": 0.0} for group in groups])
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -160,6 +173,22 @@ class Engine:
         self.processes = processes
         self.base.state.clear()  # at ZeRO 0 in bf16 the engine takes a first step with gradients of zero
         self.apply_settings(1.0)
+        self._set_masters(start)
+
+    @staticmethod
+    def _learning(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def _set_masters(self, start: dict[str, torch.Tensor]) -> None:
+        """In bf16 the engine makes its fp32 masters from weights that were rounded already; give them back."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            if name in start and self.zero:
+                safe_set_full_fp32_param(parameter, start[name].to(parameter.device))
+            elif name in start:
+                self._master(parameter).copy_(start[name])
 
     @property
     def model(self) -> Any:
@@ -178,7 +207,9 @@ class Engine:
         Frozen weights are left out under every name they have.
         """
         frozen = frozen_names(self.model)
-        hook = self.model.register_state_dict_post_hook(lambda module, state, prefix, meta: drop(state, frozen))
+        hook = self.model.register_state_dict_post_hook(
+            lambda module, state, prefix, meta: drop(state, frozen)
+        )
         try:
             self.deepspeed.save_checkpoint(
                 str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=True
@@ -250,7 +281,9 @@ class Engine:
 def frozen_names(model: torch.nn.Module) -> set[str]:
     """Names in the state dict, tied ones included, of parameters that do not learn."""
     return {
-        name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
     }
 
 

@@ -11,19 +11,20 @@
 
 and, by kind (a figure that could not be measured is left out):
 
-    train, every `log_every` steps; rates and shares are over the steps since the last line, the rest of this step
-        loss         nats per loss-bearing token, over the global batch
-        loss_tokens  loss-bearing tokens of the step, all ranks
+    train, every `log_every` steps; means, rates and shares are over the steps since the last line
+        loss         nats per loss-bearing token
         task_loss    {task: nats per token}       task_tokens  {task: loss-bearing tokens}
-        grad_norm    {component: norm before clipping, "all": norm}
-        lr           {group: rate}                 groups are "<component>" or "<component>.muon"
-        step_seconds, source_tokens_per_second, positions_per_second (decoder positions holding something)
+        loss_tokens  loss-bearing tokens of this step, all ranks
+        grad_norm    {component: norm before clipping, "all": norm} of this step
+        lr           {group: rate} of this step; a group is "<component>", "<component>.plain" (without weight
+                     decay) or "<component>.muon"
+        step_seconds, source_tokens_per_second (before compression), positions_per_second (after it)
         mfu          share of `train.peak_tflops`, or of the measured matrix-multiplication rate
         waste        {"positions"|"rows"|"latents": padded share of the pack's budget}
-        data_wait    share of the time spent waiting for data
-        overhead     share of the time spent outside the model's forward and backward passes
+        time         shares of the time: {"data": waiting for data, "model": forward and backward passes, "update":
+                     the engine's step, "other": the rest}
         memory_gib   peak memory of the main process (device memory on CUDA)
-        skipped      steps skipped so far because of a non-finite loss or gradient
+        skipped      steps left out so far because of a non-finite loss or gradient
     validation       loss, loss_tokens, task_loss, task_tokens, on held-out data
     probe            probes: what `lclm.eval.probes.run_probes` returned
     event            event: "start" | "resume" | "stage_start" | "stage_end" | "skip" | "checkpoint" | "fit" |
@@ -34,3 +35,211 @@ figures under `<kind>/<name>` and `<kind>/<name>/<key>`.
 """
 
 from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Recorder:
+    """Writes what is watched. On other processes than the main one it does nothing."""
+
+    def __init__(
+        self, path: Path, tensorboard: Path, *, main: bool, keep_bytes: int | None, step: int
+    ) -> None:
+        """`keep_bytes` of an older file stay (None: all of it); TensorBoard forgets what came after `step`."""
+        self._file: Any = None
+        self._board: Any = None
+        if not main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        if keep_bytes is not None and self._file.tell() > keep_bytes:
+            self._file.truncate(keep_bytes)
+        self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line (see the module's page for its keys) and its numbers to TensorBoard."""
+        if self._file is None:
+            return
+        line = _finite(dict(line))
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        shared = ("step", "stage_step", "seconds")
+        for name, value in _flat({k: v for k, v in line.items() if k not in shared}):
+            self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text to TensorBoard."""
+        if self._board is not None:
+            self._board.add_text(name, text, step)
+
+    @property
+    def bytes(self) -> int:
+        """Length of metrics.jsonl so far."""
+        return self._file.tell() if self._file is not None else 0
+
+    def close(self) -> None:
+        """Write everything out."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    pairs: list[tuple[str, float]] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            pairs += _flat(item, f"{prefix}{key}/")
+        elif isinstance(item, (int, float)) and not isinstance(item, bool):
+            pairs.append((f"{prefix}{key}", float(item)))
+    return pairs
+
+
+class Clock:
+    """Where the time of the steps since the last line went."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new interval now."""
+        self.started = self._mark = time.perf_counter()
+        self.spent = {"data": 0.0, "model": 0.0, "update": 0.0}
+        self.steps = 0
+
+    def start(self) -> None:
+        """The beginning of something that `stop` will name."""
+        self._mark = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        """Count the time since `start` (or the last `stop`) as `name`: "data", "model" or "update"."""
+        now = time.perf_counter()
+        self.spent[name] += now - self._mark
+        self._mark = now
+
+    @property
+    def seconds(self) -> float:
+        """Length of the interval so far."""
+        return time.perf_counter() - self.started
+
+
+class Progress:
+    """A progress bar for a stage on a terminal, plain lines elsewhere, nothing but on the main process."""
+
+    PAUSE = 10.0
+    """Seconds between plain lines at least."""
+
+    def __init__(self, *, main: bool) -> None:
+        self._main, self._bar, self._task, self._said = main, None, None, 0.0
+        if main and sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("[bold]{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[figures]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+
+    def stage(self, name: str, total: int, done: int) -> None:
+        """A new stage of `total` units begins, `done` of them are done."""
+        self._name, self._total = name, total
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(name, total=total, completed=done, figures="")
+
+    def update(self, done: int, figures: str, force: bool = False) -> None:
+        """Show that `done` units are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=figures)
+        elif self._main and (force or time.monotonic() - self._said > self.PAUSE):
+            self._said = time.monotonic()
+            print(f"{self._name} {done:,}/{self._total:,} {figures}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of text above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        elif self._main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: on the device with CUDA, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def matmul_flops(device: torch.device, seconds: float = 0.1) -> float:
+    """Measured floating-point operations a second of a large matrix product in the training precision."""
+    cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
+    left = torch.randn(size, size, device=device).to(dtype)
+    left @ left
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        left @ left
+        if cuda:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def step_flops(model: Any, tokens: Mapping[str, float]) -> float:
+    """Floating-point operations of a training step: 2 per weight of a matrix and token forward, 2 more where
+    gradients pass through, 2 more where the weight learns; the attention's own products are left out.
+
+    `tokens` says how many "encoder" tokens, "decoder" positions, "latents" and "loss" tokens a step has.
+    """
+    from lclm.model.build import components
+
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    parts = components(model)
+    flows = False  # whether gradients pass through a component: something at or before it learns
+    total = 0.0
+    for name, unit in (("encoder", "encoder"), ("adapter", "latents"), ("decoder", "decoder")):
+        learns = any(parameter.requires_grad for _, parameter in parts.get(name, []))
+        flows = flows or learns or name == "decoder"
+        for _, parameter in parts.get(name, []):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if len(shape) == 2 and id(parameter) not in embeddings:
+                total += (2 + 2 * flows + 2 * parameter.requires_grad) * math.prod(shape) * tokens[unit]
+    head = model.get_output_embeddings()
+    if head is not None and id(head.weight) in embeddings:
+        shape = getattr(head.weight, "ds_shape", head.weight.shape)
+        total += (4 + 2 * head.weight.requires_grad) * math.prod(shape) * tokens["loss"]
+    return total

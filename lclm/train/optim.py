@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lclm.train.settings import ComponentSettings, ScheduleSettings
 
+
 def scheduled_rate(schedule: ScheduleSettings, base: float, step: int, progress: float) -> float:
     """The rate of the step after `step` done ones, with `progress` in [0, 1] of the stage's budget behind."""
     warm = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
@@ -178,3 +179,10 @@ def newton_schulz(batch: torch.Tensor, steps: int) -> torch.Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def embedding_ids(model: torch.nn.Module) -> set[int]:
+    """Ids of the weights of embeddings and of what is tied to them, which Muon must not touch."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return tables | ({id(head.weight)} if head is not None else set())

@@ -68,7 +68,9 @@ class ScheduleSettings:
         if self.kind not in ("cosine", "linear", "constant"):
             raise ValueError(f"schedule.kind is {self.kind!r}; use cosine, linear or constant")
         if not 0 < self.decay_share <= 1:
-            raise ValueError(f"schedule.decay_share is {self.decay_share}; it is a share of the stage in (0, 1]")
+            raise ValueError(
+                f"schedule.decay_share is {self.decay_share}; it is a share of the stage in (0, 1]"
+            )
 
 
 @dataclass
@@ -127,7 +129,14 @@ class TrainSettings:
     peak_tflops: float | None = None  # per process, for MFU; null = measured matrix-multiplication rate
 
     def __post_init__(self) -> None:
-        for name in ("save_every_steps", "validate_every", "probe_every", "keep", "log_every", "max_skips_in_a_row"):
+        for name in (
+            "save_every_steps",
+            "validate_every",
+            "probe_every",
+            "keep",
+            "log_every",
+            "max_skips_in_a_row",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} is {value}; it must be at least 1")

@@ -1,0 +1,116 @@
+"""A run as a folder on disk: opening it fresh or again, what may change in between, where it came from."""
+
+from __future__ import annotations
+
+import difflib
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lclm.checkpoint import RunFolder, provenance, read_json, write_json
+from lclm.train.engine import Processes
+
+MAY_CHANGE = (
+    *("train.save_every_steps", "train.save_every_minutes", "train.keep", "train.log_every"),
+    *("train.validate_every", "train.validate_batches", "train.probe_every", "train.peak_tflops"),
+    *("probes", "run_dir", "name", "engine.timeout_minutes", "data.workers", "data.prefetch"),
+)
+"""Settings that a run may go on with changed: logging, retention, wall time, launcher. No others."""
+
+
+@dataclass
+class Run:
+    """An opened run: its folder, its recipe with fitted budgets, and an identity that its checkpoints carry."""
+
+    folder: RunFolder
+    recipe: Any
+    id: str
+    fresh: bool
+
+
+def open_run(recipe: Any, processes: Processes, fit: Callable[[Any], Any]) -> Run:
+    """Make the run's folder, or check that the one that is there is this recipe's. Collective.
+
+    `fit(recipe)` gives the recipe with its budgets fitted to a time; it is asked once in a run's life.
+    Raises ValueError, with a diff, when a setting changed that may not.
+    """
+    folder = RunFolder(Path(recipe.run_dir))
+    fresh = not folder.recipe.is_file()
+    error = None
+    if not fresh:
+        try:
+            _check_unchanged(recipe, folder)
+        except ValueError as problem:
+            error = str(problem)
+    processes.agree(error)
+    fingerprints = data_fingerprints(recipe)
+    if fresh:
+        fitted = fit(recipe)
+        if processes.main:
+            run_id = uuid.uuid4().hex
+            write_json(folder.provenance, {"run": run_id, **provenance(recipe.seed, fingerprints)})
+            recipe.save(folder.requested)
+            fitted.save(folder.recipe)
+        processes.barrier()
+    else:
+        fitted = _with_budgets(recipe, folder)
+    known = read_json(folder.provenance)
+    processes.agree(_changed_data(known["data"], fingerprints, folder))
+    return Run(folder, fitted, known["run"], fresh)
+
+
+def data_fingerprints(recipe: Any) -> dict[str, str]:
+    """{"sources.NAME" or "heldout.NAME": fingerprint} of every data set of the recipe."""
+    from lclm.data.shards import DataSet
+
+    found = {}
+    for group in ("sources", "heldout"):
+        for name, source in getattr(recipe.data, group).items():
+            found[f"{group}.{name}"] = DataSet.open(source.path).fingerprint
+    return found
+
+
+def _changed_data(before: dict[str, str], now: dict[str, str], folder: RunFolder) -> str | None:
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if not changed:
+        return None
+    return (
+        f"{folder.path}: the data changed since this run began (data.{', data.'.join(changed)}); restore them, "
+        "or start a new run with another run_dir"
+    )
+
+
+def _check_unchanged(recipe: Any, folder: RunFolder) -> None:
+    if not folder.requested.is_file():
+        raise ValueError(f"{folder.path} has a recipe.yaml but no requested.yaml; remove it and start again")
+    before = _comparable(recipe.read(folder.requested))
+    now = _comparable(recipe)
+    if before != now:
+        changes = "\n".join(difflib.unified_diff(before, now, "the run", "this recipe", lineterm="", n=0))
+        raise ValueError(
+            f"{folder.path} holds a run of another recipe; give this one another run_dir, or undo:\n{changes}"
+        )
+
+
+def _comparable(recipe: Any) -> list[str]:
+    from lclm.settings import to_yaml
+
+    plain = recipe.to_dict()
+    for name in MAY_CHANGE:
+        *path, last = name.split(".")
+        place = plain
+        for part in path:
+            place = place.get(part) or {}
+        place.pop(last, None)
+    return to_yaml(plain).splitlines()
+
+
+def _with_budgets(recipe: Any, folder: RunFolder) -> Any:
+    """The recipe as now given, with the step counts that the run was given when it began."""
+    written = recipe.read(folder.recipe)
+    for name, stage in recipe.stages.items():
+        kept = written.stages[name]
+        stage.steps, stage.tokens, stage.schedule = kept.steps, kept.tokens, kept.schedule
+    return recipe

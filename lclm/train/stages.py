@@ -1,0 +1,122 @@
+"""What a stage does to the model: its start, freezing, LoRA, activation checkpointing, the engine around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lclm.checkpoint import weights_fingerprint
+from lclm.train.engine import Engine, Processes
+from lclm.train.optim import embedding_ids, parameter_groups
+from lclm.train.settings import ActivationCheckpointing, ComponentSettings, LoraSettings, StageSettings
+
+ADAPTER = "lora"
+"""The name of LoRA's weights inside the model while a stage trains them."""
+
+
+def prepare(model: Any, stage: StageSettings, checkpointing: ActivationCheckpointing) -> None:
+    """Freeze what does not learn, add LoRA where asked for, switch activation checkpointing on. In place.
+
+    Raises ValueError when a component has nothing that can learn, or LoRA's targets name no module of it.
+    """
+    from lclm.model.build import components
+
+    for name, parameters in components(model).items():
+        settings = stage.learn.get(name)
+        for _, parameter in parameters:
+            parameter.requires_grad_(settings is not None and settings.lora is None)
+    add_lora(model, stage.learn)
+    for name in stage.learn:
+        if not any(parameter.requires_grad for _, parameter in components(model)[name]):
+            raise ValueError(f"stage.learn names {name}, but this model has no {name} weights; remove it")
+    for name in ("encoder", "decoder"):
+        if getattr(checkpointing, name):
+            getattr(model, name).gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+
+
+def add_lora(model: Any, learn: Mapping[str, ComponentSettings]) -> None:
+    """Put trainable low-rank additions into each component that asks for them; its own weights are frozen."""
+    for name, settings in learn.items():
+        if settings.lora is not None:
+            _inject(getattr(model, name, None), name, settings.lora)
+
+
+def _inject(component: torch.nn.Module | None, name: str, lora: LoraSettings) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    modules = dict(component.named_modules()) if component is not None else {}
+    linear = {
+        path.rsplit(".", 1)[-1] for path, module in modules.items() if isinstance(module, torch.nn.Linear)
+    }
+    found = [target for target in lora.targets if target in linear]
+    if component is None or not found:
+        raise ValueError(
+            f"learn.{name}.lora.targets {lora.targets} name no linear layer of the {name}; "
+            f"it has: {', '.join(sorted(linear)) or 'none'}"
+        )
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=found)
+    inject_adapter_in_model(config, component, adapter_name=ADAPTER)
+
+
+def merge_lora(model: torch.nn.Module) -> None:
+    """Add LoRA's products to the weights they belong to and leave plain layers behind. In place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in layers:
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def start_settings(recipe: Any, start: Path | None) -> Any:
+    """The model's settings of a stage that starts from the export `start`, or of the first one (None)."""
+    if start is None:
+        return recipe.model
+    model = recipe.model
+    return type(model)(
+        init_from=str(start), attention=model.attention, max_rows_per_forward=model.max_rows_per_forward
+    )
+
+
+def start_model(recipe: Any, start: Path | None) -> Any:
+    """The model that a stage starts from, in fp32 on the CPU; equal on every process."""
+    from lclm.model.build import build_model
+
+    return build_model(start_settings(recipe, start), dtype=torch.float32, device="cpu", seed=recipe.seed)
+
+
+def start_processor(recipe: Any, start: Path | None) -> Any:
+    """The processor that belongs to `start_model`."""
+    from lclm.model.build import build_processor
+
+    return build_processor(start_settings(recipe, start))
+
+
+def build_engine(
+    recipe: Any, stage: StageSettings, start: Path | None, processes: Processes
+) -> tuple[Engine, str]:
+    """A stage's engine at its start, and the fingerprint of the weights that are frozen in it."""
+    from lclm.model.build import components
+
+    model = start_model(recipe, start)
+    prepare(model, stage, recipe.engine.activation_checkpointing)
+    frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
+    fingerprint = processes.gather(weights_fingerprint(frozen) if processes.main else "")[0]
+    groups = parameter_groups(components(model), stage.learn, embedding_ids(model))
+    engine = Engine(
+        model,
+        groups,
+        recipe.engine,
+        processes,
+        zero=recipe.engine.zero if stage.zero is None else stage.zero,
+        clip=stage.clip,
+        micro_batch=recipe.data.micro_batch,
+        accumulation=recipe.data.accumulation(processes.size),
+    )
+    return engine, fingerprint

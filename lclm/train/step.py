@@ -1,0 +1,77 @@
+"""One optimizer step over the global batch: forward, backward, guard, update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lclm.train.engine import Processes
+from lclm.train.feed import Feed, MicroBatch, Tally
+from lclm.train.guard import Guard
+from lclm.train.metrics import Clock
+from lclm.train.optim import scheduled_rate
+from lclm.train.stages import build_engine, start_processor
+
+
+class Stepper:
+    """A stage's engine, guard and data on one process, at the stage's start `start` (None: the run's)."""
+
+    def __init__(self, recipe: Any, stage: Any, start: Path | None, processes: Processes) -> None:
+        self.recipe, self.stage, self.processes = recipe, stage, processes
+        self.engine, self.frozen = build_engine(recipe, stage, start, processes)
+        self.guard = Guard(self.engine, stage.clip, recipe.train.max_skips_in_a_row)
+        self.processor = start_processor(recipe, start)
+        self.feed = Feed(recipe, stage, self.processor, processes)
+        self.clock = Clock()
+
+    def rates(self, step: int, progress: float) -> dict[str, float]:
+        """Learning rate of each parameter group for the step after `step` done ones of the stage."""
+        schedule = self.stage.schedule
+        return {
+            group["name"]: scheduled_rate(schedule, group["base_lr"], step, progress)
+            for group in self.engine.settings
+        }
+
+    def step(
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        step: int,
+        stage_step: int,
+        progress: float,
+        norms: bool,
+        save: bool,
+    ) -> Tally:
+        """Take one step, or none if anything in the global batch is not finite. Collective.
+
+        step, stage_step: steps done in the run and in the stage. norms: whether gradient norms will be asked
+        for. save: whether this process wants a checkpoint after the step.
+        """
+        engine, guard, clock = self.engine.deepspeed, self.guard, self.clock
+        tally = Tally(micro_batches, self.processes, save)
+        torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 65_537 + self.processes.rank)
+        self.engine.apply_settings(self.rates(stage_step, progress))
+        guard.start_step(watch_norms=norms)
+        items = max(1.0, tally.loss_tokens) / (self.processes.size * len(micro_batches))
+        for number, batch in enumerate(micro_batches, 1):
+            clock.start()
+            output = engine(**batch.arrays(self.processes.device), num_items_in_batch=items)
+            clock.stop("model")
+            finite = tally.add_losses(batch, output, items)
+            clock.start()
+            engine.backward(guard.loss(output.loss, finite))
+            clock.stop("model")
+            if number == len(micro_batches):
+                guard.before_step()
+            engine.step()
+            clock.stop("update")
+        tally.skipped = guard.after_step(tally.keys, "loss" if tally.not_finite else "gradient")
+        clock.steps += 1
+        return tally
+
+    def close(self) -> None:
+        """Stop the data's background processes and free the engine."""
+        self.feed.close()
+        self.engine.close()

@@ -1,0 +1,142 @@
+"""The trainer: stages in order, each a loop of steps. Knows nothing of encoders or packing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lclm.train.engine import Processes, start_processes
+from lclm.train.fit import fit_budgets
+from lclm.train.metrics import Progress
+from lclm.train.runs import Run, open_run
+from lclm.train.saving import (
+    STATE,
+    Identity,
+    State,
+    copy_folder,
+    load_learned,
+    newest_checkpoint,
+    save_checkpoint,
+    save_export,
+    write_done,
+)
+from lclm.train.stages import merge_lora, prepare, start_model
+from lclm.train.step import Stepper
+from lclm.train.watch import Watcher
+
+
+def train(recipe: Any) -> Path:
+    """Train a recipe, or go on where it stopped; returns the run's folder. Called alike in every process.
+
+    Processes come from torchrun's environment (one without it). Raises ValueError with what, where and how to
+    fix it: a changed recipe, damaged or foreign checkpoints, non-finite steps in a row, a full disk.
+    """
+    processes = start_processes(recipe.engine)
+    progress = Progress(main=processes.main)
+    try:
+        run = open_run(recipe, processes, lambda asked: fit_budgets(asked, processes))
+        state, start = State(), None
+        for index, name in enumerate(run.recipe.stages):
+            folder = run.folder.stage(index, name)
+            if folder.done.is_file():
+                state = State.read(folder.done)
+                progress.say(f"stage {name} is complete")
+            else:
+                state = StageTrainer(run, index, state.next_stage(), start, processes, progress).train()
+            start = folder.export
+        processes.barrier()
+        if processes.main and not run.folder.export.is_dir():
+            copy_folder(folder.export, run.folder.export)
+        progress.say(f"the run is complete: {run.folder.export}")
+        return run.folder.path
+    finally:
+        progress.close()
+
+
+class StageTrainer:
+    """One stage of a run on one process, from its start or from its newest checkpoint."""
+
+    def __init__(
+        self,
+        run: Run,
+        index: int,
+        state: State,
+        start: Path | None,
+        processes: Processes,
+        progress: Progress,
+    ) -> None:
+        self.run, self.recipe, self.start = run, run.recipe, start
+        self.processes, self.progress = processes, progress
+        self.name = list(self.recipe.stages)[index]
+        self.stage, self.folder = self.recipe.stages[self.name], run.folder.stage(index, self.name)
+        self.last = index == len(self.recipe.stages) - 1
+        self.stepper = Stepper(self.recipe, self.stage, start, processes)
+        engine = self.stepper.engine
+        self.identity = Identity(
+            run.id, self.stepper.frozen, engine.zero, self.recipe.engine.precision, processes.size
+        )
+        self.state, self.resumed = state, False
+        path = newest_checkpoint(self.folder, processes, progress.say)
+        if path is not None:
+            self.identity.check(path)
+            engine.load(path)
+            self.state, self.resumed = State.read(path / STATE), True
+            self.stepper.guard.in_a_row = self.state.in_a_row
+        self.stepper.feed.go_to(self.state.cursors, new_stage=self.state.stage_step == 0)
+
+    def train(self) -> State:
+        """The loop. Returns the state at the end of the stage."""
+        state, stepper = self.state, self.stepper
+        with Watcher(self) as watcher:
+            while self.made < 1 and (micro_batches := stepper.feed.next_step(stepper.clock)):
+                tally = stepper.step(
+                    micro_batches,
+                    step=state.step,
+                    stage_step=state.stage_step,
+                    progress=self.made,
+                    norms=watcher.line_is_due(state.stage_step + 1),
+                    save=watcher.save_is_wanted(),
+                )
+                state.add(tally)
+                watcher.after_step(tally)
+                if watcher.save_is_due(tally):
+                    self.save(watcher)
+            watcher.at_end()
+            self.finish(watcher)
+        return state
+
+    @property
+    def made(self) -> float:
+        """The share of the stage's budget that is done."""
+        if self.stage.steps is not None:
+            return self.state.stage_step / self.stage.steps
+        return self.state.stage_tokens / self.stage.tokens
+
+    def save(self, watcher: Watcher) -> None:
+        """Write a training checkpoint. Collective."""
+        self._complete_state(watcher)
+        save_checkpoint(self.stepper.engine, self.folder, self.state, self.identity, self.recipe.train.keep)
+        watcher.saved()
+
+    def finish(self, watcher: Watcher) -> None:
+        """Write the stage's export in the master weights' precision and mark the stage as done. Collective."""
+        self._complete_state(watcher)
+        error, weights = None, self.stepper.engine.learned_weights()
+        if self.processes.main:
+            try:
+                model = start_model(self.recipe, self.start)
+                prepare(model, self.stage, self.recipe.engine.activation_checkpointing)
+                load_learned(model, weights)
+                merge_lora(model)
+                save_export(self.folder.export, model, self.stepper.processor)
+                write_done(self.folder, self.state)
+            except ValueError as problem:
+                error = str(problem)
+        self.processes.agree(error)
+        self.stepper.close()
+
+    def _complete_state(self, watcher: Watcher) -> None:
+        parts = self.processes.gather(self.stepper.feed.cursors)
+        self.state.cursors = {lane: cursor for part in parts for lane, cursor in part.items()}
+        self.state.metrics_bytes = watcher.recorder.bytes
+        self.state.seconds = watcher.seconds
