@@ -175,13 +175,22 @@ def recipe_show(
     loaded = load_recipe(recipe_path, overrides or [])
     typer.echo(loaded.to_yaml(), nl=False)
     if parameters:
-        from lclm.model.build import build_model, components
-
-        model = build_model(loaded.model, device="meta")
         typer.echo("\n# parameters")
-        counts = {name: sum(p.numel() for _, p in found) for name, found in components(model).items()}
+        try:
+            counts = count_parameters(loaded.model)
+        except ValueError as error:
+            typer.echo(f"# not counted: {error}")
+            return
         for name, count in {**counts, "total": sum(counts.values())}.items():
             typer.echo(f"# {name:<10}{count:>16,}")
+
+
+def count_parameters(settings: Any) -> dict[str, int]:
+    """Parameters of each component of a recipe's model, from meta tensors."""
+    from lclm.model.build import build_model, components
+
+    model = build_model(settings, device="meta")
+    return {name: sum(p.numel() for _, p in found) for name, found in components(model).items()}
 
 
 @recipe.command("validate", short_help="Check recipes without running them.")

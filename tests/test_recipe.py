@@ -144,10 +144,11 @@ def test_the_released_settings(name: str) -> None:
 
 
 QWEN3 = {
-    # name: (encoder, adapter, decoder, brackets); the adapter is RMSNorm(1024), 1024 -> 2560 -> 2560 with biases
+    # encoder, adapter (RMSNorm, 1024 -> 2560 -> 2560 with biases), decoder, brackets
     "0.6b-4b/4x.yaml": (595_776_512, 9_181_184, 4_022_468_096, 5_120),
     "0.6b-4b/8x.yaml": (595_776_512, 9_181_184, 4_022_468_096, 5_120),
     "0.6b-4b/16x.yaml": (595_776_512, 9_181_184, 4_022_468_096, 5_120),
+    "search/encoder-half.yaml": (375_543_296, 9_181_184, 4_022_468_096, 5_120),
     "search/decoder-0.6b.yaml": (595_776_512, 2_100_224, 596_049_920, 2_048),
 }
 
