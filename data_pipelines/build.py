@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import multiprocess
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -118,6 +119,8 @@ def _run(plan: Plan, console: Console) -> str:
         assert last is not None
         last.run()
         return "submitted"
+    # what every worker process imports, imported once in the process that they are forked from
+    multiprocess.set_forkserver_preload(["webdataset", "data_pipelines.stages"])
     with _console_of(plan, console) as own, _progress(own, stages, logs):
         for stage in stages:
             made = make_executor(stage, executor, logs)

@@ -10,6 +10,7 @@ import ast
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -118,16 +119,25 @@ class Function:
 
 
 def functions(text: str) -> list[Function]:
-    """The functions of Python source, those with a name that occurs once; none if it is not Python."""
+    """Functions and methods of Python source whose name occurs once; none if it is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    names = [node.name for node in nodes]
-    return [_describe(node) for node in nodes if names.count(node.name) == 1]
+    nodes = list(_definitions(tree.body))
+    names = Counter(node.name for node in nodes)
+    return [_describe(node) for node in nodes if names[node.name] == 1]
+
+
+def _definitions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions in a module's body and in its classes."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from _definitions(node.body)
 
 
 def _describe(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Function:

@@ -67,8 +67,8 @@ def make_plan(recipe: str | Path, overrides: Sequence[str] = ()) -> Plan:
     settings = load_settings(PipelineSettings, recipe, overrides)
     if "://" in settings.out:
         raise ValueError(
-            f"out is {settings.out}: build on a local or shared file system, then copy the folder there. Data "
-            "sets are read over any fsspec URL."
+            f"out is {settings.out}: build on a local or shared file system, then copy it there; data "
+            "sets are read over any fsspec URL"
         )
     inputs = {name: find_inputs(name, source) for name, source in settings.sources.items()}
     sets = settings.decontamination.evaluations if settings.decontamination else {}
