@@ -1,4 +1,5 @@
-"""The model, its configuration and its processor. Importing this registers them with transformers' Auto classes."""
+"""The model, its configuration and its processor. Importing this registers them with transformers' Auto
+classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 

@@ -11,7 +11,8 @@ _TILE = 2048
 
 
 class AdapterAttention(nn.Module):
-    """One pre-norm attention layer over the latents of each memory: bidirectional, rotary positions from 0."""
+    """One pre-norm attention layer over the latents of each memory: bidirectional, rotary positions from
+    0."""
 
     def __init__(self, width: int, head_dim: int = 64) -> None:
         super().__init__()
@@ -27,7 +28,8 @@ class AdapterAttention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, latents: Tensor, memory: Tensor, position: Tensor) -> Tensor:
-        """latents [M, width]; memory, position: int64 [M], which memory a latent is of and its place in it."""
+        """latents [M, width]; memory, position: int64 [M], which memory a latent is of and its place in
+        it."""
         states = self.norm(latents)
         shape = (len(latents), self.heads, -1)
         query, key = (_rotate(proj(states).view(shape), position) for proj in (self.q_proj, self.k_proj))
@@ -68,7 +70,8 @@ class Adapter(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, pooled: Tensor, memory_sizes: Tensor | None) -> Tensor:
-        """pooled [M, width_in] -> latents [M, width]. memory_sizes: int64 [n], latents per memory in order."""
+        """pooled [M, width_in] -> latents [M, width]. memory_sizes: int64 [n], latents per memory in
+        order."""
         if self.kind == "mlp":
             return self._mlp(pooled)
         if memory_sizes is None:
@@ -85,7 +88,8 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def start_as_identity(self, scale: float) -> None:
-        """Set the MLP to x -> scale * norm(x): gelu(x) - gelu(-x) = x. `scale`: std of the decoder's embeddings.
+        """Set the MLP to x -> scale * norm(x): gelu(x) - gelu(-x) = x. `scale`: std of the decoder's
+        embeddings.
 
         Where the widths differ, the first min(width_in, width) places are copied and the rest start at zero.
         """
@@ -100,7 +104,8 @@ class Adapter(nn.Module):
 
 
 def places(memory_sizes: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
-    """(memory of each latent, its position in it), int64 [M]; latents beyond the sizes form one memory of padding."""
+    """(memory of each latent, its position in it), int64 [M]; latents beyond the sizes form one memory of
+    padding."""
     ends = memory_sizes.cumsum(0)
     number = torch.arange(num_latents, device=memory_sizes.device)
     memory = torch.searchsorted(ends, number, right=True)

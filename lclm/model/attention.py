@@ -16,18 +16,22 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
 
 def resolve(name: str) -> str:
-    """The implementation that a recipe's `attention` names; "auto" is sdpa. ValueError for one not offered."""
+    """The implementation that a recipe's `attention` names; "auto" is sdpa. ValueError for one not
+    offered."""
     if name == "auto":
         return "sdpa"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention {name!r} is not offered; choose auto, {', '.join(IMPLEMENTATIONS)}")
     if name == "flex_attention" and not is_torch_flex_attn_available():
-        raise ValueError("attention 'flex_attention' is not available in this torch; install torch >= 2.5 or use sdpa")
+        raise ValueError(
+            "attention 'flex_attention' is not available in this torch; install torch >= 2.5 or use sdpa"
+        )
     return name
 
 
 def segments(position_ids: Tensor) -> Tensor:
-    """Number of the example that each position belongs to: a new one wherever positions do not count on by one.
+    """Number of the example that each position belongs to: a new one wherever positions do not count on by
+    one.
 
     position_ids: int64 [B, D]. Returns int64 [B, D].
     """
@@ -36,10 +40,14 @@ def segments(position_ids: Tensor) -> Tensor:
 
 
 def layer_masks(config: Any, groups: Tensor, causal: bool, dtype: torch.dtype) -> Any:
-    """The mask argument for a model of `config`: one mask, or one per kind of layer where there are several."""
+    """The mask argument for a model of `config`: one mask, or one per kind of layer where there are
+    several."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{config.model_type} has layers of kind {sorted(kinds)}; only full and sliding attention can be packed")
+        raise ValueError(
+            f"{config.model_type} has layers of kind {sorted(kinds)}; "
+            "only full and sliding attention can be packed"
+        )
     implementation = config._attn_implementation
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in kinds:
@@ -50,7 +58,9 @@ def layer_masks(config: Any, groups: Tensor, causal: bool, dtype: torch.dtype) -
     return block_mask(groups, causal, implementation, dtype, None if kinds else window)
 
 
-def block_mask(groups: Tensor, causal: bool, implementation: str, dtype: torch.dtype, window: int | None = None) -> Any:
+def block_mask(
+    groups: Tensor, causal: bool, implementation: str, dtype: torch.dtype, window: int | None = None
+) -> Any:
     """Mask under which a position sees those of its own group (only earlier ones and itself if causal).
 
     groups: int64 [B, L]. window: reach of a sliding layer: the latest `window` positions if causal, else that
@@ -66,7 +76,9 @@ def block_mask(groups: Tensor, causal: bool, implementation: str, dtype: torch.d
         allowed = torch.ones(length, length, dtype=torch.bool, device=groups.device).tril_()
         mask &= allowed.triu_(1 - window) if window is not None else allowed
     elif window is not None:
-        mask &= torch.ones(length, length, dtype=torch.bool, device=groups.device).tril_(window).triu_(-window)
+        mask &= (
+            torch.ones(length, length, dtype=torch.bool, device=groups.device).tril_(window).triu_(-window)
+        )
     if implementation == "sdpa":
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

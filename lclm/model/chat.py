@@ -1,8 +1,8 @@
 """Chat templates around content that must stay content.
 
-Every part is replaced by a random private placeholder, the template is rendered, and the result is split at the
-placeholders: what lies between is the template's own text. A template that alters, repeats, reorders or drops a
-placeholder is an error.
+Every part is replaced by a random private placeholder, the template is rendered, and the result is split at
+the placeholders: what lies between is the template's own text. A template that alters, repeats, reorders or
+drops a placeholder is an error.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 class Piece:
     """A part of a rendered conversation, in order.
 
-    kind: "template" (the template's own text, trusted), "text" or "memory" (content). loss: on content, its tokens
-    bear loss; on template text, its end-of-turn token does.
+    kind: "template" (the template's own text, trusted), "text" or "memory" (content). loss: on content, its
+    tokens bear loss; on template text, its end-of-turn token does.
     """
 
     kind: Literal["template", "text", "memory"]
@@ -39,18 +39,24 @@ def parts_of(message: dict[str, Any], number: int) -> list[Piece]:
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}; only 'role' and 'content' are read")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise ValueError(f"{where} has the role {role!r}; a role is one word such as system, user or assistant")
+        raise ValueError(
+            f"{where} has the role {role!r}; a role is one word such as system, user or assistant"
+        )
     loss = role == "assistant"
     if isinstance(content, str):
         return [Piece("text", content, loss)]
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{where}: content must be a string or a list of parts, got {type(content).__name__}")
+        raise ValueError(
+            f"{where}: content must be a string or a list of parts, got {type(content).__name__}"
+        )
     return [_part(part, f"{where}, part {index}", loss) for index, part in enumerate(content)]
 
 
 def _part(part: Any, where: str, loss: bool) -> Piece:
     if not isinstance(part, dict) or part.get("type") not in ("text", "memory"):
-        raise ValueError(f"{where} must be {{'type': 'text' | 'memory', 'text': ...}}, got {str(part)[:80]!r}")
+        raise ValueError(
+            f"{where} must be {{'type': 'text' | 'memory', 'text': ...}}, got {str(part)[:80]!r}"
+        )
     memory = part["type"] == "memory"
     if unknown := sorted(set(part) - {"type", "text"} - ({"ratio"} if memory else set())):
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}")
@@ -76,7 +82,9 @@ def render(
     if not messages:
         raise ValueError("the conversation has no messages")
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the decoder's tokenizer has no chat template; set tokenizer.chat_template or save one beside it")
+        raise ValueError(
+            "the decoder's tokenizer has no chat template; set tokenizer.chat_template or save one beside it"
+        )
     secret = secrets.token_hex(12)
     contents: list[Piece] = []
     last_of_turn: set[int] = set()
@@ -95,8 +103,8 @@ def render(
     found = [int(number) for number in split[1::2]]
     if found != list(range(len(contents))) or secret in "".join(split[::2]):
         raise ValueError(
-            "the chat template alters, repeats, reorders or drops message content, so content cannot be kept apart "
-            "from control tokens; use a template that writes each message's content once, as it is"
+            "the chat template alters, repeats, reorders or drops message content, so content cannot be kept "
+            "apart from control tokens; use a template that writes each message's content once, as it is"
         )
     pieces = [Piece("template", split[0])] if split[0] else []
     for index, content in enumerate(contents):

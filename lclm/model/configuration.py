@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -19,17 +19,18 @@ class LCLMConfig(PreTrainedConfig):
     """Configuration of a Latent Context Language Model.
 
     encoder_config, decoder_config: configurations of an AutoModel and an AutoModelForCausalLM.
-    ratio: default tokens per latent. ratios: all ratios it is trained for. window: tokens the encoder pools at
-    once, a multiple of every ratio. pooling: mean | concat | eos. encoder_attention: causal | bidirectional.
-    overlap: tokens of the neighbouring windows the encoder also sees. adapter: mlp | attn_mlp | mlp_attn.
-    adapter_layers: attention layers of the adapter. adapter_hidden: width inside its MLP (None: decoder width, or
-    twice that for the identity start). adapter_init: default | identity. position_in_block: a learned embedding
-    of a token's place in its block at the encoder's input. tie_word_embeddings: the encoder's token embeddings
-    are the decoder's. max_rows_per_forward: encoder rows per forward. *_id: token ids, see Geometry.
+    ratio: default tokens per latent. ratios: all ratios it is trained for. window: tokens the encoder pools
+    at once, a multiple of every ratio. pooling: mean | concat | eos. encoder_attention: causal |
+    bidirectional. overlap: tokens of the neighbouring windows the encoder also sees. adapter: mlp | attn_mlp
+    | mlp_attn. adapter_layers: attention layers of the adapter. adapter_hidden: width inside its MLP (None:
+    decoder width, or twice that for the identity start). adapter_init: default | identity. position_in_block:
+    a learned embedding of a token's place in its block at the encoder's input. tie_word_embeddings: the
+    encoder's token embeddings are the decoder's. max_rows_per_forward: encoder rows per forward. *_id: token
+    ids, see Geometry.
     """
 
     model_type = "lclm"
-    sub_configs = {"encoder_config": AutoConfig, "decoder_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig, "decoder_config": AutoConfig}
     has_no_defaults_at_init = True
 
     def __init__(
@@ -96,11 +97,19 @@ class LCLMConfig(PreTrainedConfig):
         """How spans become arrays for this model."""
         ids = {
             name: getattr(self, name)
-            for name in ("memory_start_id", "memory_id", "memory_end_id", "pad_id", "encoder_pad_id",
-                         "encoder_marker_id")
+            for name in (
+                "memory_start_id",
+                "memory_id",
+                "memory_end_id",
+                "pad_id",
+                "encoder_pad_id",
+                "encoder_marker_id",
+            )
         }
         if missing := [name for name, number in ids.items() if number is None]:
-            raise ValueError(f"LCLMConfig has no {', '.join(missing)}; build_config sets them from the tokenizers")
+            raise ValueError(
+                f"LCLMConfig has no {', '.join(missing)}; build_config sets them from the tokenizers"
+            )
         return Geometry(
             ratio=self.ratio,
             window=self.window,
@@ -125,7 +134,9 @@ class LCLMConfig(PreTrainedConfig):
         _one_of("adapter", self.adapter, ADAPTERS)
         _one_of("adapter_init", self.adapter_init, ADAPTER_INITS)
         if self.ratio not in self.ratios:
-            raise ValueError(f"ratio {self.ratio} is not among ratios {self.ratios}; add it or change the default")
+            raise ValueError(
+                f"ratio {self.ratio} is not among ratios {self.ratios}; add it or change the default"
+            )
         if len(self.ratios) > 1 and self.pooling != "mean":
             raise ValueError(f"several ratios {self.ratios} need pooling 'mean', not {self.pooling!r}")
         for ratio in self.ratios:
@@ -144,17 +155,23 @@ class LCLMConfig(PreTrainedConfig):
         if self.position_in_block and self.pooling == "eos":
             raise ValueError("position_in_block has no effect with pooling 'eos'; turn one of them off")
         if self.max_rows_per_forward is not None and self.max_rows_per_forward < 1:
-            raise ValueError(f"max_rows_per_forward is {self.max_rows_per_forward}; it must be at least 1, or null")
+            raise ValueError(
+                f"max_rows_per_forward is {self.max_rows_per_forward}; it must be at least 1, or null"
+            )
         self._check_adapter_init()
         self._check_tied()
         self._check_encoder_positions()
 
     def _check_adapter_init(self) -> None:
         if self.adapter_init == "identity" and self.pooling == "concat":
-            raise ValueError("adapter_init 'identity' needs pooling 'mean' or 'eos': 'concat' has no identity to start at")
+            raise ValueError(
+                "adapter_init 'identity' needs pooling 'mean' or 'eos': 'concat' has no identity to start at"
+            )
         width = self.decoder_config.hidden_size
         if self.adapter_init == "identity" and self.adapter_hidden not in (None, 2 * width):
-            raise ValueError(f"adapter_init 'identity' needs adapter_hidden {2 * width} (twice the decoder's width)")
+            raise ValueError(
+                f"adapter_init 'identity' needs adapter_hidden {2 * width} (twice the decoder's width)"
+            )
 
     def _check_tied(self) -> None:
         if not self.tie_word_embeddings:
@@ -163,12 +180,15 @@ class LCLMConfig(PreTrainedConfig):
         decoder = (self.decoder_config.vocab_size, self.decoder_config.hidden_size)
         if encoder != decoder:
             raise ValueError(
-                f"tie_embeddings needs embeddings of one shape: the encoder's is {encoder}, the decoder's {decoder}"
+                "tie_embeddings needs embeddings of one shape: "
+                f"the encoder's is {encoder}, the decoder's {decoder}"
             )
 
     def _check_encoder_positions(self) -> None:
         config = self.encoder_config
-        learned = getattr(config, "rope_parameters", None) is None and hasattr(config, "max_position_embeddings")
+        learned = getattr(config, "rope_parameters", None) is None and hasattr(
+            config, "max_position_embeddings"
+        )
         if not learned:
             return
         places = config.max_position_embeddings - self.encoder_position_offset

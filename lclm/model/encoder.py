@@ -14,7 +14,8 @@ from .pooling import place_in_block, pool
 
 
 class RowEncoder:
-    """How one encoder is called: which arguments it takes, whether it is causal by itself. Holds no weights."""
+    """How one encoder is called: which arguments it takes, whether it is causal by itself. Holds no
+    weights."""
 
     def __init__(self, encoder: nn.Module, config: LCLMConfig) -> None:
         self.config = config
@@ -40,7 +41,12 @@ class RowEncoder:
         for start in range(0, rows, group):
             part = slice(start, start + group)
             hidden = self._run(
-                encoder, block_position, input_ids[part], position_ids[part], window_ids[part], block_index[part]
+                encoder,
+                block_position,
+                input_ids[part],
+                position_ids[part],
+                window_ids[part],
+                block_index[part],
             )
             states = pool(hidden, block_index[part], num_latents, self.config.pooling, self.config.ratio)
             pooled = states if pooled is None else pooled + states
@@ -62,7 +68,9 @@ class RowEncoder:
             inputs["input_ids"] = input_ids
         else:
             place = block_position(place_in_block(block_index).clamp_(max=block_position.num_embeddings - 1))
-            inputs["inputs_embeds"] = embed(input_ids) + place * (block_index >= 0).unsqueeze(-1).to(place.dtype)
+            inputs["inputs_embeds"] = embed(input_ids) + place * (block_index >= 0).unsqueeze(-1).to(
+                place.dtype
+            )
         if self._needs_mask(window_ids):
             causal = not self.config.bidirectional
             inputs["attention_mask"] = layer_masks(encoder.config, window_ids, causal, _dtype(embed))

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 _ENCODER_ARRAYS = (
-    "encoder_input_ids", "encoder_position_ids", "encoder_window_ids", "block_index", "memory_sizes", "num_latents",
+    "encoder_input_ids",
+    "encoder_position_ids",
+    "encoder_window_ids",
+    "block_index",
+    "memory_sizes",
+    "num_latents",
 )
 
 
@@ -20,7 +25,8 @@ class MemoryGeneration:
         """transformers' generate over a processor's arrays; returns prompt and new ids as transformers does.
 
         To continue a cache, pass `past_key_values` and arrays of the whole text so far (or, as transformers
-        allows, of the new text only with the whole attention_mask): only memories in the new text are encoded.
+        allows, of the new text only with the whole attention_mask): only memories in the new text are
+        encoded.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         arrays = {name: kwargs.pop(name, None) for name in _ENCODER_ARRAYS}
@@ -37,11 +43,12 @@ class MemoryGeneration:
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
     def _new_slots(self, input_ids: Tensor, index: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """Latent index of the positions that are not in the cache yet; ValueError if a slot there has no latent."""
+        """Latent index of the positions that are not in the cache yet; ValueError if a slot there has no
+        latent."""
         if index is not None and index.shape != input_ids.shape:
             raise ValueError(
-                f"latent_index has the shape {tuple(index.shape)}, input_ids {tuple(input_ids.shape)}; extend it "
-                "with -1 for text added to the prompt"
+                f"latent_index has the shape {tuple(index.shape)}, input_ids {tuple(input_ids.shape)}; "
+                "extend it with -1 for text added to the prompt"
             )
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -59,7 +66,9 @@ class MemoryGeneration:
     def _encode_needed(self, index: Tensor, arrays: dict[str, Any]) -> Tensor:
         """Latents of the memories that `index` uses; rows that hold none of these are not encoded."""
         if missing := [name for name in _ENCODER_ARRAYS[:5] if arrays[name] is None]:
-            raise ValueError(f"the prompt has memories but {missing[0]} is missing; pass all arrays of the processor")
+            raise ValueError(
+                f"the prompt has memories but {missing[0]} is missing; pass all arrays of the processor"
+            )
         sizes, blocks = arrays["memory_sizes"], arrays["block_index"]
         total = int(sizes.sum())
         memory = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
@@ -71,7 +80,11 @@ class MemoryGeneration:
         return self.encode(**encode, memory_sizes=sizes.to(self.device), num_latents=total)
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         latents = kwargs.pop("latents", None)
         input_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
@@ -103,6 +116,6 @@ class MemoryGeneration:
         wanted = max(generation_config.max_length or 0, input_ids_length + 1)
         if limit is not None and wanted > limit:
             raise ValueError(
-                f"the prompt's {input_ids_length} positions and the new tokens make {wanted}, over the {limit} "
-                "positions of the decoder; use a higher ratio, a shorter prompt or fewer new tokens"
+                f"the prompt's {input_ids_length} positions and the new tokens make {wanted}, over the "
+                f"{limit} positions of the decoder; use a higher ratio, a shorter prompt or fewer new tokens"
             )

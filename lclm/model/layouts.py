@@ -26,7 +26,8 @@ _LOAD = ("dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "qua
 
 
 def released_folder(name_or_path: Any, **kwargs: Any) -> Path | None:
-    """Local folder of a checkpoint in the released layout, fetched from the Hub if need be; None for a native one."""
+    """Local folder of a checkpoint in the released layout, fetched from the Hub if need be; None for a
+    native one."""
     if name_or_path is None:
         return None
     folder = Path(name_or_path)
@@ -50,7 +51,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}; a released checkpoint needs it as a JSON object") from error
+        raise ValueError(
+            f"cannot read {path}: {error}; a released checkpoint needs it as a JSON object"
+        ) from error
     missing = [key for key in ("compression_ratio", "encoder_window_size") if key not in raw]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]!r}")
@@ -83,7 +86,9 @@ def released_config(folder: Path) -> LCLMConfig:
 
 def released_tokenizers(folder: Path) -> tuple[Any, Any]:
     """(decoder's, encoder's) tokenizers."""
-    return AutoTokenizer.from_pretrained(folder / "decoder"), AutoTokenizer.from_pretrained(folder / "encoder")
+    return AutoTokenizer.from_pretrained(folder / "decoder"), AutoTokenizer.from_pretrained(
+        folder / "encoder"
+    )
 
 
 def token_ids(tokenizer: Any, encoder_tokenizer: Any) -> dict[str, int]:
@@ -116,7 +121,8 @@ def _adapter_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def from_released(cls: Any, folder: Path, *args: Any, **kwargs: Any) -> LCLMForConditionalGeneration:
-    """Build a model from the released layout. kwargs: dtype, attn_implementation, device_map as in transformers."""
+    """Build a model from the released layout. kwargs: dtype, attn_implementation, device_map as in
+    transformers."""
     load = {name: kwargs[name] for name in _LOAD if name in kwargs}
     if "torch_dtype" in kwargs:
         load.setdefault("dtype", kwargs["torch_dtype"])
@@ -128,12 +134,15 @@ def from_released(cls: Any, folder: Path, *args: Any, **kwargs: Any) -> LCLMForC
     try:
         model.adapter.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the adapter {folder / ADAPTER} does not fit {folder / SETTINGS}: {error}") from error
+        raise ValueError(
+            f"the adapter {folder / ADAPTER} does not fit {folder / SETTINGS}: {error}"
+        ) from error
     return model.eval()
 
 
 def assemble(cls: Any, config: LCLMConfig, encoder: Any, decoder: Any) -> LCLMForConditionalGeneration:
-    """A model around a loaded encoder and decoder; the brackets start as the decoder's embeddings of the marks."""
+    """A model around a loaded encoder and decoder; the brackets start as the decoder's embeddings of the
+    marks."""
     config.encoder_config, config.decoder_config = encoder.config, decoder.config
     config._attn_implementation_internal = decoder.config._attn_implementation
     with torch.device("meta"):
@@ -212,4 +221,3 @@ def _write_brackets(model: LCLMForConditionalGeneration, parts: dict[str, dict[s
     written[list(model.brackets.ids)] = brackets
     for name in present:
         parts["decoder"][name] = written
-

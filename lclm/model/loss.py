@@ -36,8 +36,8 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Summed cross-entropy of the labels, and that of each label.
 
-    hidden: [B, D, K], the decoder's final states. labels: int64 [B, D], the token at each position or -100; the
-    state before it predicts it. head: the decoder's output embeddings. max_logits: logits held at once.
+    hidden: [B, D, K], the decoder's final states. labels: int64 [B, D], the token at each position or -100;
+    the state before it predicts it. head: the decoder's output embeddings. max_logits: logits held at once.
     Returns (sum, fp32 scalar; losses, fp32 [n] in row-major order of the labels, detached, or None where the
     fused kernel does not give them).
     """
@@ -67,8 +67,11 @@ def _losses(states: Tensor, targets: Tensor, head: nn.Module, config: Any) -> Te
 
 
 def _can_fuse(states: Tensor, head: nn.Module, config: Any) -> bool:
-    """Liger serves plain linear heads on CUDA whose weight is whole (ZeRO-3 partitions it) and not adapted."""
-    scaled = any(getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
+    """Liger serves plain linear heads on CUDA whose weight is whole (ZeRO-3 partitions it) and not
+    adapted."""
+    scaled = any(
+        getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    )
     return (
         LigerFusedLinearCrossEntropyLoss is not None
         and states.is_cuda

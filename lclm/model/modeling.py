@@ -17,14 +17,14 @@ from .attention import layer_masks, segments
 from .configuration import LCLMConfig
 from .encoder import RowEncoder
 from .generation import MemoryGeneration
-from .layouts import from_released, released_folder, save_released
+from .layouts import from_released, released_config, released_folder, save_released
 from .loss import next_token_loss, scale_logits
 
 
 @dataclass
 class LCLMOutput(ModelOutput):
-    """loss: scalar fp32. logits: [B, D, V], None with labels. token_losses: fp32 [n], one per loss-bearing position
-    in row-major order of the labels, detached; None where the fused kernel cannot give them."""
+    """loss: scalar fp32. logits: [B, D, V], None with labels. token_losses: fp32 [n], one per loss-bearing
+    position in row-major order of the labels, detached; None where the fused kernel cannot give them."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -35,7 +35,7 @@ class LCLMOutput(ModelOutput):
 class Brackets(nn.Module):
     """Learned embeddings of `<|memory_start|>` and `<|memory_end|>`, put in at the decoder's input."""
 
-    def __init__(self, start_id: int, end_id: int, width: int) -> None:
+    def __init__(self, start_id: int | None, end_id: int | None, width: int) -> None:
         super().__init__()
         self.ids = (start_id, end_id)
         self.weight = nn.Parameter(torch.empty(2, width))
@@ -44,13 +44,16 @@ class Brackets(nn.Module):
         """input_ids [B, D], embeddings [B, D, K] -> [B, D, K]."""
         ids = input_ids.unsqueeze(-1)
         weight = self.weight.to(embeddings.dtype)
-        return torch.where(ids == self.ids[0], weight[0], torch.where(ids == self.ids[1], weight[1], embeddings))
+        return torch.where(
+            ids == self.ids[0], weight[0], torch.where(ids == self.ids[1], weight[1], embeddings)
+        )
 
 
 class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, GenerationMixin):
     """An encoder turns blocks of memory tokens into latents; the decoder reads them in place of the tokens.
 
-    Encoder and decoder are whole transformers models (`encoder`, `decoder`); `adapter` and `brackets` join them.
+    Encoder and decoder are whole transformers models (`encoder`, `decoder`); `adapter` and `brackets` join
+    them.
     """
 
     config_class = LCLMConfig
@@ -71,9 +74,10 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         hidden = config.adapter_hidden or width * (2 if config.adapter_init == "identity" else 1)
         inputs = encoder_width * (config.ratio if config.pooling == "concat" else 1)
         self.adapter = Adapter(config.adapter, inputs, width, hidden, config.adapter_layers)
-        geometry = config.geometry()
-        self.brackets = Brackets(geometry.memory_start_id, geometry.memory_end_id, width)
-        self.block_position = nn.Embedding(max(config.ratios), encoder_width) if config.position_in_block else None
+        self.brackets = Brackets(config.memory_start_id, config.memory_end_id, width)
+        self.block_position = (
+            nn.Embedding(max(config.ratios), encoder_width) if config.position_in_block else None
+        )
         self._rows = RowEncoder(self.encoder, config)
         if config.tie_word_embeddings:
             self._tied_weights_keys = {self._embedding_name("encoder"): self._embedding_name("decoder")}
@@ -138,7 +142,9 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         **_: Any,
     ) -> list[Tensor]:
         """Latents of each memory, a list of [M, K] in order of appearance. Other inputs are ignored."""
-        latents = self.encode(encoder_input_ids, encoder_position_ids, encoder_window_ids, block_index, memory_sizes)
+        latents = self.encode(
+            encoder_input_ids, encoder_position_ids, encoder_window_ids, block_index, memory_sizes
+        )
         return list(latents.split(memory_sizes.tolist()))
 
     def embed(self, input_ids: Tensor, latent_index: Tensor | None, latents: Tensor | None) -> Tensor:
@@ -169,29 +175,42 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LCLMOutput:
-        """One pass over a batch. Arrays are those of `spans.lay_out`; `latents` [M, K] takes the encoder's place.
+        """One pass over a batch. Arrays are those of `spans.lay_out`; `latents` [M, K] takes the encoder's
+        place.
 
         Without a cache, each run of positions that counts on by one is an example of its own, so packed rows
-        and padding on either side need no attention_mask. With labels: loss = sum / num_items_in_batch (the mean
-        over loss-bearing positions if None), and no logits. use_cache is off unless asked for.
+        and padding on either side need no attention_mask. With labels: loss = sum / num_items_in_batch (the
+        mean over loss-bearing positions if None), and no logits. use_cache is off unless asked for.
         """
         self._check_length(input_ids)
         if latents is None and encoder_input_ids is not None:
             latents = self.encode(
-                encoder_input_ids, encoder_position_ids, encoder_window_ids, block_index, memory_sizes, num_latents
+                encoder_input_ids,
+                encoder_position_ids,
+                encoder_window_ids,
+                block_index,
+                memory_sizes,
+                num_latents,
             )
         embeddings = self.embed(input_ids, latent_index, latents)
         if use_cache or past_key_values is not None:
             output = self.decoder.base_model(
-                inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=True,
+                inputs_embeds=embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=True,
             )
         else:
             output = self._packed(embeddings, attention_mask, position_ids)
         hidden = output.last_hidden_state
         if labels is not None:
             total, losses = next_token_loss(hidden, labels, self.get_output_embeddings(), self.decoder.config)
-            count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum().clamp(min=1)
+            count = (
+                num_items_in_batch
+                if num_items_in_batch is not None
+                else (labels[:, 1:] >= 0).sum().clamp(min=1)
+            )
             return LCLMOutput(loss=total / count, token_losses=losses)
         keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = scale_logits(self.get_output_embeddings()(hidden[:, keep]), self.decoder.config)
@@ -223,6 +242,12 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         if folder := released_folder(pretrained_model_name_or_path, **kwargs):
             return from_released(cls, folder, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def read_config(cls, name_or_path: Any) -> LCLMConfig:
+        """The configuration of a native or released checkpoint, without its weights."""
+        folder = released_folder(name_or_path)
+        return released_config(folder) if folder else LCLMConfig.from_pretrained(name_or_path)
 
     def save_pretrained(self, save_directory: Any, *args: Any, layout: str = "native", **kwargs: Any) -> None:
         """Save as one transformers checkpoint ("native") or in three folders ("released")."""

@@ -49,8 +49,15 @@ class LCLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [
-            "input_ids", "attention_mask", "position_ids", "latent_index", "encoder_input_ids",
-            "encoder_position_ids", "encoder_window_ids", "block_index", "memory_sizes",
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "latent_index",
+            "encoder_input_ids",
+            "encoder_position_ids",
+            "encoder_window_ids",
+            "block_index",
+            "memory_sizes",
         ]
 
     def __call__(
@@ -69,8 +76,10 @@ class LCLMProcessor(ProcessorMixin):
         """
         kwargs.pop("padding", None)
         if kwargs:
-            raise ValueError(f"LCLMProcessor does not know {sorted(kwargs)[0]!r}; it takes text, ratio, return_tensors, "
-                             "return_labels and padding_side")
+            raise ValueError(
+                f"LCLMProcessor does not know {sorted(kwargs)[0]!r}; it takes text, ratio, return_tensors, "
+                "return_labels and padding_side"
+            )
         if text is None:
             raise ValueError("LCLMProcessor needs text: a prompt or a list of prompts")
         prompts = [text] if isinstance(text, str) else list(text)
@@ -90,13 +99,16 @@ class LCLMProcessor(ProcessorMixin):
         padding_side: str | None = None,
         **template_options: Any,
     ) -> BatchFeature:
-        """Arrays of a conversation, or of several, with memory and text parts; see SpanTokenizer.conversation.
+        """Arrays of a conversation, or of several, with memory and text parts; see
+        SpanTokenizer.conversation.
 
         Text in a part never becomes a control or memory token, whatever it contains. With return_labels,
         assistant content and its end-of-turn token are labelled.
         """
         if not tokenize or not return_dict:
-            raise ValueError("memories have no text form: apply_chat_template returns arrays (tokenize, return_dict)")
+            raise ValueError(
+                "memories have no text form: apply_chat_template returns arrays (tokenize, return_dict)"
+            )
         if chat_template is not None:
             template_options["chat_template"] = chat_template
         template_options.pop("padding", None)
@@ -115,7 +127,8 @@ class LCLMProcessor(ProcessorMixin):
         return_labels: bool = False,
         padding_side: str | None = None,
     ) -> BatchFeature:
-        """Arrays of spans, one example a row, padded on the left unless told otherwise (right with labels)."""
+        """Arrays of spans, one example a row, padded on the left unless told otherwise (right with
+        labels)."""
         side = padding_side or ("right" if return_labels else "left")
         arrays = lay_out([[Example(tuple(spans))] for spans in rows], self._geometry, padding_side=side)
         if not return_labels:

@@ -35,12 +35,12 @@ class DecoderSettings:
 class ModelSettings:
     """What the model is. With `init_from`, everything left out (null) comes from that checkpoint.
 
-    init_from: native, released or Hub checkpoint. ratio: tokens per latent. ratios: all ratios it is trained for
-    (several only with pooling mean). window: tokens the encoder pools at once. pooling: mean | concat | eos.
-    encoder_attention: causal | bidirectional. overlap: tokens of neighbouring windows the encoder also sees.
-    adapter: mlp | attn_mlp | mlp_attn. adapter_layers: its attention layers. adapter_init: default | identity.
-    position_in_block: a learned embedding of a token's place in its block, added to the encoder's input.
-    tie_embeddings: the encoder's token embeddings are the decoder's. attention: auto | sdpa | eager |
+    init_from: native, released or Hub checkpoint. ratio: tokens per latent. ratios: all ratios it is trained
+    for (several only with pooling mean). window: tokens the encoder pools at once. pooling: mean | concat |
+    eos. encoder_attention: causal | bidirectional. overlap: tokens of neighbouring windows the encoder also
+    sees. adapter: mlp | attn_mlp | mlp_attn. adapter_layers: its attention layers. adapter_init: default |
+    identity. position_in_block: a learned embedding of a token's place in its block, added to the encoder's
+    input. tie_embeddings: the encoder's token embeddings are the decoder's. attention: auto | sdpa | eager |
     flex_attention | flash_attention_2. max_rows_per_forward: encoder rows per forward (null: all at once).
     """
 

@@ -37,7 +37,9 @@ class Span:
         if self.kind not in ("text", "memory"):
             raise ValueError(f"Span.kind is {self.kind!r}; it must be 'text' or 'memory'")
         if ids.ndim != 1 or ids.size == 0:
-            raise ValueError(f"a {self.kind} span needs at least one token id in one dimension, got {ids.shape}")
+            raise ValueError(
+                f"a {self.kind} span needs at least one token id in one dimension, got {ids.shape}"
+            )
         if self.kind == "memory" and self.loss:
             raise ValueError("a memory span never bears loss; put the text to be learned into a text span")
         if self.kind == "text" and self.ratio is not None:
@@ -64,7 +66,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Size:
-    """What an example costs: decoder positions (of D), row tokens of each window (of E x R), latents (of M)."""
+    """What an example costs: decoder positions (of D), row tokens of each window (of E x R), latents (of
+    M)."""
 
     positions: int
     windows: tuple[int, ...]
@@ -77,7 +80,8 @@ class Geometry:
 
     ratio: default tokens per latent. window: tokens the encoder pools at once, a multiple of every ratio.
     overlap: tokens of the neighbouring windows seen but not pooled (left; right too when bidirectional).
-    max_ratio: the largest ratio that a span may name (None: any). With pooling other than "mean" only `ratio`.
+    max_ratio: the largest ratio that a span may name (None: any). With pooling other than "mean" only
+    `ratio`.
     """
 
     ratio: int
@@ -293,7 +297,10 @@ def _lay_out_row(examples: Sequence[Example], geometry: Geometry, memories: _Mem
             labels[begin] = labels[begin].copy()
             labels[begin][0] = NO_LOSS
         positions.append(np.arange(sum(len(part) for part in labels[begin:])))
-    return [np.concatenate(parts) if parts else np.zeros(0, np.int64) for parts in (ids, positions, labels, latents)]
+    return [
+        np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        for parts in (ids, positions, labels, latents)
+    ]
 
 
 def lay_out(
@@ -307,13 +314,14 @@ def lay_out(
 ) -> dict[str, np.ndarray]:
     """Lay out rows of examples as the model's arrays, all int64.
 
-    Returns input_ids, position_ids (from 0 for each example and for the padding), labels (the token at its own
-    position, -100 without loss), latent_index (-1 for text), attention_mask (1 for real tokens): [B, D];
-    encoder_input_ids, encoder_position_ids, encoder_window_ids (-1 padding), block_index (latent of each token,
-    -1 not pooled): [E, R]; memory_sizes [n]: latents per memory, in order of appearance.
+    Returns input_ids, position_ids (from 0 for each example and for the padding), labels (the token at its
+    own position, -100 without loss), latent_index (-1 for text), attention_mask (1 for real tokens): [B, D];
+    encoder_input_ids, encoder_position_ids, encoder_window_ids (-1 padding), block_index (latent of each
+    token, -1 not pooled): [E, R]; memory_sizes [n]: latents per memory, in order of appearance.
 
-    positions, encoder_rows, latents are the fixed budgets D, E, M: arrays are padded to them (memory_sizes with
-    zeros to length M) and more is a ValueError. None means as large as needed; rows are then no longer than used.
+    positions, encoder_rows, latents are the fixed budgets D, E, M: arrays are padded to them (memory_sizes
+    with zeros to length M) and more is a ValueError. None means as large as needed; rows are then no longer
+    than used.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side is {padding_side!r}; it must be 'left' or 'right'")
@@ -351,7 +359,8 @@ def lay_out(
 
 
 def collate(packs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Put laid-out packs of equal widths into one batch: rows one after another, latents numbered without gaps."""
+    """Put laid-out packs of equal widths into one batch: rows one after another, latents numbered without
+    gaps."""
     if not packs:
         raise ValueError("collate needs at least one pack")
     if len(packs) == 1:
@@ -363,6 +372,9 @@ def collate(packs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     for name in packs[0]:
         parts = [pack[name] for pack in packs]
         if name in offsets:
-            parts = [np.where(part >= 0, part + offset, -1) for part, offset in zip(parts, offsets[name], strict=False)]
+            parts = [
+                np.where(part >= 0, part + offset, -1)
+                for part, offset in zip(parts, offsets[name], strict=False)
+            ]
         batch[name] = np.concatenate(parts)
     return batch

@@ -1,7 +1,7 @@
 """From text to spans: content can never become control, marks and templates can. No torch.
 
-Content (documents, message parts) is tokenised by a second backend made from the same tokenizer with its added
-tokens taken out. Template text and explicit prompts are tokenised with control tokens on.
+Content (documents, message parts) is tokenised by a second backend made from the same tokenizer with its
+added tokens taken out. Template text and explicit prompts are tokenised with control tokens on.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _backend(tokenizer: Any) -> Tokenizer:
 def _without_controls(backend: Tokenizer) -> Tokenizer:
     """The same tokenizer with its added tokens gone, from the model's own vocabulary too.
 
-    An added token that the model vocabulary also holds could still arise there (whole-word BPE, Unigram), so its
-    entry is renamed to a random private string. The unknown token stays: it is how unknown text reads.
+    An added token that the model vocabulary also holds could still arise there (whole-word BPE, Unigram), so
+    its entry is renamed to a random private string. The unknown token stays: it is how unknown text reads.
     """
     state = json.loads(backend.to_str())
     model = state["model"]
@@ -118,15 +118,17 @@ def _check_text(text: str) -> None:
 class SpanTokenizer:
     """Makes spans of text, memories, conversations and explicit prompts, for the processor, tasks and probes.
 
-    tokenizer: the decoder's fast tokenizer, holding the three marks. encoder_tokenizer: the encoder's, or None
-    if it is the same.
+    tokenizer: the decoder's fast tokenizer, holding the three marks. encoder_tokenizer: the encoder's, or
+    None if it is the same.
     """
 
     def __init__(self, tokenizer: Any, encoder_tokenizer: Any | None = None) -> None:
         self.tokenizer = tokenizer
         self.mark_ids = mark_ids(tokenizer)
         self.content = ContentTokenizer(tokenizer)
-        self.encoder_content = self.content if encoder_tokenizer is None else ContentTokenizer(encoder_tokenizer)
+        self.encoder_content = (
+            self.content if encoder_tokenizer is None else ContentTokenizer(encoder_tokenizer)
+        )
         self._backend = Tokenizer.from_str(_backend(tokenizer).to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -143,6 +145,19 @@ class SpanTokenizer:
             raise ValueError("the decoder's tokenizer has no end-of-text token; set its eos_token")
         return int(self.tokenizer.eos_token_id)
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Decoder tokens that end an answer: end of text, end of sequence, and the chat template's end of
+        turn."""
+        ends = {self.end_of_text_id}
+        if getattr(self.tokenizer, "eos_token_id", None) is not None:
+            ends.add(int(self.tokenizer.eos_token_id))
+        if getattr(self.tokenizer, "chat_template", None):
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            last = int([span for span in self.conversation(turns) if span.loss][-1].ids[-1])
+            ends |= {last} & self._controls
+        return sorted(ends)
+
     def text(self, text: str, loss: bool = False) -> Span:
         """A text span of content. ValueError when `text` has no tokens."""
         ids = self.content.encode(text)
@@ -154,42 +169,55 @@ class SpanTokenizer:
         """A memory span of content, in the encoder's tokens. ValueError when `text` has no tokens."""
         ids = self.encoder_content.encode(text)
         if not len(ids):
-            raise ValueError(f"memory {text[:40]!r} is empty: there is nothing to compress; leave the part out")
+            raise ValueError(
+                f"memory {text[:40]!r} is empty: there is nothing to compress; leave the part out"
+            )
         return Span("memory", ids, ratio=ratio)
 
     def controls(self, text: str) -> np.ndarray:
-        """Ids of trusted text (a template, a prompt) with control tokens on, int32 [T]; marks are an error."""
+        """Ids of trusted text (a template, a prompt) with control tokens on, int32 [T]; marks are an
+        error."""
         _check_text(text)
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         if np.isin(ids, self.mark_ids).any():
-            raise ValueError(f"text {text[:60]!r} turns into a memory mark in the tokenizer; write the marks as they are")
+            raise ValueError(
+                f"text {text[:60]!r} turns into a memory mark in the tokenizer; write the marks as they are"
+            )
         return ids
 
     def prompt(self, text: str, ratio: int | None = None) -> list[Span]:
         """Spans of a prompt that carries its marks: `...<|memory_start|>document<|memory_end|>...`.
 
-        Text outside the marks is tokenised with control tokens on, what is inside is content. Unbalanced, nested
-        or empty marks and hand-written slots are a ValueError with the place.
+        Text outside the marks is tokenised with control tokens on, what is inside is content. Unbalanced,
+        nested or empty marks and hand-written slots are a ValueError with the place.
         """
         spans: list[Span] = []
         position, opened = 0, -1
         for match in _MARK.finditer(text):
             mark, at = match.group(), match.start()
             if mark == MEMORY:
-                raise ValueError(f"{MEMORY} at character {at}: slots are made by the processor; write {MEMORY_START}"
-                                 f"document{MEMORY_END}")
+                raise ValueError(
+                    f"{MEMORY} at character {at}: slots are made by the processor; write {MEMORY_START}"
+                    f"document{MEMORY_END}"
+                )
             if mark == MEMORY_START:
                 if opened >= 0:
-                    raise ValueError(f"{MEMORY_START} at character {at} inside the memory opened at character "
-                                     f"{opened}: memories cannot nest; close the first with {MEMORY_END}")
+                    raise ValueError(
+                        f"{MEMORY_START} at character {at} inside the memory opened at character "
+                        f"{opened}: memories cannot nest; close the first with {MEMORY_END}"
+                    )
                 spans += self._trusted(text[position:at])
                 opened = at
             elif opened < 0:
-                raise ValueError(f"{MEMORY_END} at character {at} closes nothing; put {MEMORY_START} before the memory")
+                raise ValueError(
+                    f"{MEMORY_END} at character {at} closes nothing; put {MEMORY_START} before the memory"
+                )
             else:
                 if position == at:
-                    raise ValueError(f"the memory opened at character {opened} is empty: put text between "
-                                     f"{MEMORY_START} and {MEMORY_END}, or leave both out")
+                    raise ValueError(
+                        f"the memory opened at character {opened} is empty: put text between "
+                        f"{MEMORY_START} and {MEMORY_END}, or leave both out"
+                    )
                 spans.append(self.memory(text[position:at], ratio))
                 opened = -1
             position = match.end()
@@ -210,8 +238,8 @@ class SpanTokenizer:
         """Spans of chat messages, through the tokenizer's chat template.
 
         Messages: {"role", "content"}, content a str or parts {"type": "text", "text"} and
-        {"type": "memory", "text", "ratio"?}. Assistant content and its end-of-turn token bear loss. `ratio` is for
-        memory parts that name none. template_options go to the template.
+        {"type": "memory", "text", "ratio"?}. Assistant content and its end-of-turn token bear loss. `ratio`
+        is for memory parts that name none. template_options go to the template.
         """
         spans: list[Span] = []
         for piece in render(self.tokenizer, messages, add_generation_prompt, template_options):
@@ -252,8 +280,11 @@ def _join(spans: list[Span]) -> list[Span]:
 
 
 def mark_ids(tokenizer: Any) -> tuple[int, int, int]:
-    """Ids of (memory start, memory end, memory); ValueError unless the tokenizer holds all three as added tokens."""
-    added = {token.content: number for number, token in _backend(tokenizer).get_added_tokens_decoder().items()}
+    """Ids of (memory start, memory end, memory); ValueError unless the tokenizer holds all three as added
+    tokens."""
+    added = {
+        token.content: number for number, token in _backend(tokenizer).get_added_tokens_decoder().items()
+    }
     missing = [mark for mark in MARKS if mark not in added]
     if missing:
         raise ValueError(
