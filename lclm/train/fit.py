@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from lclm.train.engine import Processes
+from lclm.train.step import Stepper
 
 LEAST_STEPS = 2
 """Steps that a stage keeps, however slow the machine."""
@@ -55,19 +56,20 @@ def scaled(recipe: Any, factor: float) -> Any:
 
 def _seconds(recipe: Any, name: str, processes: Processes) -> tuple[float, float]:
     """(seconds, source tokens) of one step of a stage, from the run's start; nothing of it is kept."""
-    from lclm.train.trainer import Stepper
-
-    stepper = Stepper(recipe, recipe.stages[name], None, processes)
+    stage = recipe.stages[name]
+    stepper = Stepper(recipe, stage, None, processes)
     times, tokens = [], 0
     try:
-        for number, micro_batches in enumerate(stepper.feed):
-            if number > recipe.train.fit_steps:
-                break
+        stepper.feed.go_to(None)
+        for number in range(recipe.train.fit_steps + 1):
             started = time.perf_counter()
-            tally = stepper.step(micro_batches, number, 0.0)
+            batches = stepper.feed.next_step(stepper.clock)
+            tally = stepper.step(
+                batches, step=number, stage_step=number, progress=0.0, norms=False, save=False
+            )
             times.append(time.perf_counter() - started)
             tokens += tally.source_tokens
     finally:
         stepper.close()
-    kept = sorted(times[1:] or times)
-    return processes.largest(kept[len(kept) // 2]), tokens / len(times)
+    kept = times[1:] or times
+    return processes.largest(sum(kept) / len(kept)), tokens / len(times)

@@ -25,6 +25,7 @@ and, by kind (a figure that could not be measured is left out):
                      the engine's step, "other": the rest}
         memory_gib   peak memory of the main process (device memory on CUDA)
         skipped      steps left out so far because of a non-finite loss or gradient
+        dropped      {"task: reason": samples left out or shortened so far}
     validation       loss, loss_tokens, task_loss, task_tokens, on held-out data
     probe            probes: what `lclm.eval.probes.run_probes` returned
     event            event: "start" | "resume" | "stage_start" | "stage_end" | "skip" | "checkpoint" | "fit" |
@@ -219,27 +220,24 @@ def matmul_flops(device: torch.device, seconds: float = 0.1) -> float:
     return 2 * size**3 / best
 
 
-def step_flops(model: Any, tokens: Mapping[str, float]) -> float:
-    """Floating-point operations of a training step: 2 per weight of a matrix and token forward, 2 more where
-    gradients pass through, 2 more where the weight learns; the attention's own products are left out.
+def step_flops(model: Any) -> dict[str, float]:
+    """{"rows" | "latents" | "positions" | "loss_tokens": floating-point operations of training on one of them}.
 
-    `tokens` says how many "encoder" tokens, "decoder" positions, "latents" and "loss" tokens a step has.
+    Two per weight of a matrix forward, two more where gradients pass through it, two more where it learns. The
+    attention's own products are left out.
     """
     from lclm.model.build import components
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = getattr(model.get_output_embeddings(), "weight", None)
     parts = components(model)
-    flows = False  # whether gradients pass through a component: something at or before it learns
-    total = 0.0
-    for name, unit in (("encoder", "encoder"), ("adapter", "latents"), ("decoder", "decoder")):
-        learns = any(parameter.requires_grad for _, parameter in parts.get(name, []))
-        flows = flows or learns or name == "decoder"
-        for _, parameter in parts.get(name, []):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            if len(shape) == 2 and id(parameter) not in embeddings:
-                total += (2 + 2 * flows + 2 * parameter.requires_grad) * math.prod(shape) * tokens[unit]
-    head = model.get_output_embeddings()
-    if head is not None and id(head.weight) in embeddings:
-        shape = getattr(head.weight, "ds_shape", head.weight.shape)
-        total += (4 + 2 * head.weight.requires_grad) * math.prod(shape) * tokens["loss"]
-    return total
+    flows = False
+    flops = dict.fromkeys(("rows", "latents", "positions", "loss_tokens"), 0.0)
+    for name, unit in (("encoder", "rows"), ("adapter", "latents"), ("decoder", "positions")):
+        flows = flows or name == "decoder" or any(weight.requires_grad for _, weight in parts[name])
+        for _, weight in parts[name]:
+            shape = getattr(weight, "ds_shape", weight.shape)
+            at = "loss_tokens" if weight is head else unit
+            if len(shape) == 2 and (weight is head or id(weight) not in embeddings):
+                flops[at] += (2 + 2 * flows + 2 * weight.requires_grad) * math.prod(shape)
+    return flops

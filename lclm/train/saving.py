@@ -34,7 +34,7 @@ STATE = "state.json"
 class State:
     """Where a run stands.
 
-    cursors: where each lane of data goes on. losses: {task: [nats, loss-bearing tokens]} since the last line.
+    data: where each lane of data goes on. losses: {task: [nats, loss-bearing tokens]} since the last line.
     """
 
     step: int = 0
@@ -45,7 +45,7 @@ class State:
     skipped: int = 0
     in_a_row: int = 0
     metrics_bytes: int = 0
-    cursors: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] | None = None
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, tally: Tally) -> None:

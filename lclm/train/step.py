@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from lclm.data.batch import Step
 from lclm.train.engine import Processes
-from lclm.train.feed import Feed, MicroBatch, Tally
+from lclm.train.feed import Feed, Tally, inputs
 from lclm.train.guard import Guard
 from lclm.train.metrics import Clock
 from lclm.train.optim import scheduled_rate
@@ -23,7 +24,7 @@ class Stepper:
         self.engine, self.frozen = build_engine(recipe, stage, start, processes)
         self.guard = Guard(self.engine, stage.clip, recipe.train.max_skips_in_a_row)
         self.processor = start_processor(recipe, start)
-        self.feed = Feed(recipe, stage, self.processor, processes)
+        self.feed = Feed(recipe, stage, self.engine.model.config, self.processor, processes)
         self.clock = Clock()
 
     def rates(self, step: int, progress: float) -> dict[str, float]:
@@ -36,7 +37,7 @@ class Stepper:
 
     def step(
         self,
-        micro_batches: list[MicroBatch],
+        batches: Step,
         *,
         step: int,
         stage_step: int,
@@ -50,20 +51,20 @@ class Stepper:
         for. save: whether this process wants a checkpoint after the step.
         """
         engine, guard, clock = self.engine.deepspeed, self.guard, self.clock
-        tally = Tally(micro_batches, self.processes, save)
+        tally = Tally(batches, self.processes, save)
         torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 65_537 + self.processes.rank)
         self.engine.apply_settings(self.rates(stage_step, progress))
         guard.start_step(watch_norms=norms)
-        items = max(1.0, tally.loss_tokens) / (self.processes.size * len(micro_batches))
-        for number, batch in enumerate(micro_batches, 1):
+        items = max(1.0, tally.loss_tokens) / (self.processes.size * len(batches))
+        for number, batch in enumerate(batches, 1):
             clock.start()
-            output = engine(**batch.arrays(self.processes.device), num_items_in_batch=items)
+            output = engine(**inputs(batch, self.processes.device), num_items_in_batch=items)
             clock.stop("model")
             finite = tally.add_losses(batch, output, items)
             clock.start()
             engine.backward(guard.loss(output.loss, finite))
             clock.stop("model")
-            if number == len(micro_batches):
+            if number == len(batches):
                 guard.before_step()
             engine.step()
             clock.stop("update")

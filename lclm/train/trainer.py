@@ -82,21 +82,24 @@ class StageTrainer:
             engine.load(path)
             self.state, self.resumed = State.read(path / STATE), True
             self.stepper.guard.in_a_row = self.state.in_a_row
-        self.stepper.feed.go_to(self.state.cursors, new_stage=self.state.stage_step == 0)
+        self.stepper.feed.go_to(self.state.data)
 
     def train(self) -> State:
         """The loop. Returns the state at the end of the stage."""
         state, stepper = self.state, self.stepper
         with Watcher(self) as watcher:
-            while self.made < 1 and (micro_batches := stepper.feed.next_step(stepper.clock)):
+            while self.made < 1:
                 tally = stepper.step(
-                    micro_batches,
+                    stepper.feed.next_step(stepper.clock),
                     step=state.step,
                     stage_step=state.stage_step,
                     progress=self.made,
                     norms=watcher.line_is_due(state.stage_step + 1),
                     save=watcher.save_is_wanted(),
                 )
+                if tally.empty:
+                    self.progress.say(f"stage {self.name} ends early: the data's epochs are used up")
+                    break
                 state.add(tally)
                 watcher.after_step(tally)
                 if watcher.save_is_due(tally):
@@ -136,7 +139,6 @@ class StageTrainer:
         self.stepper.close()
 
     def _complete_state(self, watcher: Watcher) -> None:
-        parts = self.processes.gather(self.stepper.feed.cursors)
-        self.state.cursors = {lane: cursor for part in parts for lane, cursor in part.items()}
+        self.state.data = self.stepper.feed.state()
         self.state.metrics_bytes = watcher.recorder.bytes
         self.state.seconds = watcher.seconds

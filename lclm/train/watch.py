@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lclm.data.batch import Batch, Step
 from lclm.train.engine import Processes
-from lclm.train.feed import Tally, validation_batches
+from lclm.train.feed import Tally, inputs
 from lclm.train.metrics import Recorder, matmul_flops, memory_gib, step_flops
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ class Watcher:
         self._before = self.state.seconds - time.monotonic()
         self._saved = time.monotonic()
         self._window: dict[str, float] = {}
-        self._validation: list[Any] | None = None
-        self._losses: list[float] = []
+        self._validation: list[Batch] | None = None
         peak = self.settings.peak_tflops
         self._peak = peak * 1e12 if peak else matmul_flops(self.processes.device)
         self._flops = step_flops(self.stepper.engine.model)
@@ -89,7 +89,7 @@ class Watcher:
 
     def after_step(self, tally: Tally) -> None:
         """Write what is due after a step."""
-        for name, value in tally.sums().items():
+        for name, value in tally.totals.items():
             self._window[name] = self._window.get(name, 0.0) + value
         if tally.skipped:
             self._event("skip", reason="loss" if tally.not_finite else "gradient", keys=tally.keys[:20])
@@ -137,6 +137,7 @@ class Watcher:
                 "time": shares | {"other": 1 - sum(shares.values())},
             }
         line |= {"memory_gib": memory_gib(self.processes.device), "skipped": state.skipped}
+        line["dropped"] = stepper.feed.dropped()
         self._write("train", line)
         figures = f"loss {line.get('loss', float('nan')):.4f}"
         if "positions_per_second" in line:
@@ -151,15 +152,13 @@ class Watcher:
         if not self.settings.validate_batches or not self.trainer.recipe.data.heldout:
             return
         if self._validation is None:
-            self._validation = validation_batches(
-                self.trainer.recipe, self.trainer.stage, self.stepper.processor, self.processes
-            )
+            self._validation = self.stepper.feed.heldout(self.settings.validate_batches)
         losses: dict[str, list[float]] = {}
         with evaluating(self.stepper.engine.model) as model:
             for batch in self._validation:
-                tally = Tally([batch], self.processes, False)
+                tally = Tally(Step([batch]), self.processes, False)
                 tally.add_losses(
-                    batch, model(**batch.arrays(self.processes.device), num_items_in_batch=1.0), 1.0
+                    batch, model(**inputs(batch, self.processes.device), num_items_in_batch=1.0), 1.0
                 )
                 for task, (total, tokens) in tally.task_losses.items():
                     before = losses.get(task, [0.0, 0.0])
@@ -230,8 +229,8 @@ def loss_figures(losses: dict[str, list[float]]) -> dict[str, Any]:
         return {}
     return {
         "loss": sum(pair[0] for pair in losses.values()) / tokens,
-        "task_loss": {task: pair[0] / pair[1] for task, pair in losses.items()},
-        "task_tokens": {task: int(pair[1]) for task, pair in losses.items()},
+        "task_loss": {task: pair[0] / pair[1] for task, pair in losses.items() if task},
+        "task_tokens": {task: int(pair[1]) for task, pair in losses.items() if task},
     }
 
 

@@ -1,0 +1,181 @@
+"""The steps' data, and what is counted over all processes: tokens, losses by task, what is not finite."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lclm.data.batch import Batch, Loader, Step, merge_states
+from lclm.train.engine import Processes
+from lclm.train.metrics import Clock
+
+TOTALS = (
+    *("loss_tokens", "source_tokens", "positions", "rows", "latents"),
+    *("positions_budget", "rows_budget", "latents_budget", "samples", "save"),
+)
+"""What `Tally` sums over all processes before the first forward pass of a step."""
+
+
+class Feed:
+    """The steps of one stage on one process."""
+
+    def __init__(
+        self, recipe: Any, stage: Any, model_config: Any, processor: Any, processes: Processes
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "geometry": model_config.geometry(),
+            "ratios": list(model_config.ratios),
+            "seed": recipe.seed,
+            "rank": processes.rank,
+            "world": processes.size,
+            "mixture": stage.mixture or recipe.data.mixture,
+            "pack": stage.pack,
+        }
+        self._data, self._tokenizer, self._processes = recipe.data, processor.spans, processes
+        self._loader: Loader | None = None
+
+    def go_to(self, state: dict[str, Any] | None) -> None:
+        """Go on where `state` (of all processes) says; None is the beginning."""
+        self.close()
+        self._loader = Loader(self._data, self._tokenizer, cursor=state, **self._options)
+
+    def next_step(self, clock: Clock) -> Step:
+        """The process's micro-batches of the next step; they may be empty when the data's epochs are used up."""
+        assert self._loader is not None, "go_to comes first"
+        clock.start()
+        step = next(self._loader)
+        clock.stop("data")
+        return step
+
+    def state(self) -> dict[str, Any]:
+        """Where all lanes stand after the last step. Collective."""
+        assert self._loader is not None
+        return merge_states(self._processes.gather(self._loader.state()))
+
+    def dropped(self) -> dict[str, int]:
+        """Samples left out or shortened since the run began, by "task: reason", all lanes. Collective."""
+        total: Counter[str] = Counter()
+        for cursor in self.state()["cursors"].values():
+            total.update(cursor.get("dropped", {}))
+        return dict(total)
+
+    def heldout(self, count: int) -> list[Batch]:
+        """The first `count` micro-batches of this process's lanes of the held-out data, always the same."""
+        data = self._data.for_heldout()
+        mixture = {name: share for name, share in self._options["mixture"].items() if name in data.tasks}
+        if not any(share > 0 for share in mixture.values()):
+            return []
+        data = replace(data, workers=0, mixture=mixture)
+        with Loader(data, self._tokenizer, **(self._options | {"mixture": mixture})) as loader:
+            return list(itertools.islice((batch for step in loader for batch in step), count))
+
+    def close(self) -> None:
+        """End the background processes."""
+        if self._loader is not None:
+            self._loader.close()
+
+
+def inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What the model's forward takes, but for the loss's divisor."""
+    return batch.to(device).arrays | {"num_latents": batch.num_latents}
+
+
+class Tally:
+    """What a step has, summed over all processes: one collective at its start, one per micro-batch."""
+
+    def __init__(self, step: Step, processes: Processes, save: bool) -> None:
+        """`save`: whether this process asks for a checkpoint after the step."""
+        self._processes = processes
+        self.names = step.micro_batches[0].task_names
+        self._step = step
+        self._bad: list[str] = []
+        self.not_finite = self.skipped = False
+        tasks = torch.cat([batch.task_ids for batch in step])
+        own = [float(value) for value in self._own(step, save)]
+        own += torch.bincount(tasks, minlength=len(self.names)).tolist()
+        reduced = processes.sum(torch.tensor(own, dtype=torch.float64, device=processes.device)).tolist()
+        self.totals = dict(zip(TOTALS, reduced, strict=False))
+        self.task_tokens = reduced[len(TOTALS) :]
+        self._sums = [0.0] * (len(self.names) + 1)
+
+    @staticmethod
+    def _own(step: Step, save: bool) -> list[float]:
+        batches = list(step)
+        capacity = [sum(batch.capacity[i] for batch in batches) for i in range(3)]
+        return [
+            step.loss_tokens,
+            step.source_tokens,
+            sum(batch.positions for batch in batches),
+            sum(batch.row_tokens for batch in batches),
+            sum(batch.latents_used for batch in batches),
+            *capacity,
+            len(step.keys),
+            save,
+        ]
+
+    @property
+    def loss_tokens(self) -> float:
+        """Loss-bearing tokens of the global batch."""
+        return self.totals["loss_tokens"]
+
+    @property
+    def source_tokens(self) -> int:
+        """Source tokens of the global batch, before compression."""
+        return int(self.totals["source_tokens"])
+
+    @property
+    def save(self) -> bool:
+        """Whether any process asks for a checkpoint."""
+        return self.totals["save"] > 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether no process has a sample: the data's epochs are used up."""
+        return self.totals["samples"] == 0
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the samples to be blamed on this process: those with a loss that is not finite, or all."""
+        return self._bad if self.not_finite else self._step.keys
+
+    @property
+    def task_losses(self) -> dict[str, tuple[float, float]]:
+        """{task: (nats, loss-bearing tokens)} of the global batch; "" where the kernel tells no tokens apart."""
+        if self._sums[-1]:
+            return {"": (self._sums[-1], self.loss_tokens)}
+        pairs = zip(self._sums, self.task_tokens, strict=False)
+        return {name: pair for name, pair in zip(self.names, pairs, strict=True) if pair[1]}
+
+    def add_losses(self, batch: Batch, output: Any, items: float) -> bool:
+        """Count a micro-batch's losses (its loss is a sum over `items`); whether every process's is finite."""
+        vector = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=self._processes.device)
+        loss = output.loss.detach()
+        if output.token_losses is None:
+            vector[-2] = loss.double() * items
+        elif len(batch.task_ids):
+            vector[:-2].index_add_(
+                0, batch.task_ids.to(vector.device), output.token_losses.to(vector.device).double()
+            )
+        vector[-1] = ~torch.isfinite(loss)
+        own_fault = bool(vector[-1])
+        *sums, faults = self._processes.sum(vector).tolist()
+        if own_fault:
+            self._bad += _keys_of_rows(batch, output.token_losses)
+        if faults:
+            self.not_finite = True
+        self._sums = [before + value for before, value in zip(self._sums, sums, strict=True)]
+        return not faults
+
+
+def _keys_of_rows(batch: Batch, token_losses: torch.Tensor | None) -> list[str]:
+    """Keys of the rows that have a loss that is not finite; of all rows if that cannot be told."""
+    counts = (batch.arrays["labels"] != -100).sum(1)
+    if token_losses is None or len(token_losses) != int(counts.sum()):
+        return [key for row in batch.keys for key in row]
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
+    bad = set(rows[~torch.isfinite(token_losses.cpu())].tolist())
+    return [key for row in sorted(bad) for key in batch.keys[row]]
