@@ -240,7 +240,7 @@ def data_verify(
 
     Example: lclm data verify data/stdlib
     """
-    from lclm.data.shards import verify
+    from lclm.data.verify import verify
 
     typer.echo(verify(path))
 
@@ -290,11 +290,15 @@ def data_tokenizer(
 ) -> None:
     """Make the tokenizer of a pipeline recipe alone: bytes, BPE or SentencePiece, for models from scratch.
 
-    Example: lclm data tokenizer recipes/data/stdlib.yaml tokenizer.kind=bpe tokenizer.vocabulary=8192
+    It learns from the training documents of the recipe's sources and is written beside the recipe's `out`.
+
+    \b
+      lclm data tokenizer recipes/data/stdlib.yaml
+      lclm data tokenizer PIPELINE tokenizer='{kind: bpe, vocabulary: 8192, words: [], keys: []}'
     """
     from data_pipelines.build import build_tokenizer
 
-    build_tokenizer(pipeline, overrides or [])
+    typer.echo(build_tokenizer(pipeline, overrides or []))
 
 
 def show_error(error: BaseException) -> None:
