@@ -283,22 +283,31 @@ def data_budget(
     typer.echo(budget(load_recipe(recipe_path, overrides or [])))
 
 
-@data.command("tokenizer", short_help="Make a tokenizer alone.")
+@data.command("tokenizer", short_help="Train a tokenizer on documents.")
 def data_tokenizer(
-    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline recipe with `tokenizer:`.")],
+    documents: Annotated[
+        str, typer.Argument(help="A split of documents to learn from; folder or fsspec URL.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; must not exist yet.")],
     overrides: Overrides = None,
 ) -> None:
-    """Make the tokenizer of a pipeline recipe alone: bytes, BPE or SentencePiece, for models from scratch.
-
-    It learns from the training documents of the recipe's sources and is written beside the recipe's `out`.
+    """Train a tokenizer for a model from scratch: kind=bpe, sentencepiece or bytes, with the memory marks and
+    chat controls. (`lclm data build` makes one too, where the pipeline recipe has `tokenizer:`.)
 
     \b
-      lclm data tokenizer recipes/data/stdlib.yaml
-      lclm data tokenizer PIPELINE tokenizer='{kind: bpe, vocabulary: 8192, words: [], keys: []}'
+      lclm data tokenizer data/stdlib/documents/train -o my-tokenizer kind=bpe vocabulary=8192
+      lclm data tokenizer data/stdlib/documents/train -o my-tokenizer kind=sentencepiece vocabulary=8192
     """
-    from data_pipelines.build import build_tokenizer
+    from data_pipelines.tokenizers import TokenizerSettings, make_tokenizer
+    from lclm.data.shards import DataSet
+    from lclm.settings import build_settings, parse_overrides
 
-    typer.echo(build_tokenizer(pipeline, overrides or []))
+    settings = build_settings(TokenizerSettings, [("command line", parse_overrides(overrides or []))])
+    if output.exists():
+        raise ValueError(f"{output}: exists already; name a folder that does not, or remove it")
+    found = DataSet.open(documents)
+    tokens = make_tokenizer(settings, (sample.text for sample in found if sample.text), output)
+    typer.echo(f"{output}: {tokens:,} tokens")
 
 
 def show_error(error: BaseException) -> None:
