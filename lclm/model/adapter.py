@@ -31,7 +31,7 @@ class AdapterAttention(nn.Module):
         """latents [M, width]; memory, position: int64 [M], which memory a latent is of and its place in
         it."""
         states = self.norm(latents)
-        shape = (len(latents), self.heads, -1)
+        shape = (len(latents), self.heads, latents.shape[1] // self.heads)
         query, key = (_rotate(proj(states).view(shape), position) for proj in (self.q_proj, self.k_proj))
         value = self.v_proj(states).view(shape).transpose(0, 1)
         key = key.transpose(0, 1)
