@@ -54,6 +54,8 @@ class Assemble(PipelineStep):
             )
         if plan.settings.tokenizer is not None:
             self._tokenizer()
+        for file in plan.staging.rglob("*.tmp"):
+            file.unlink()
         return iter(())
 
     def _parts(self) -> dict[str, list[Shard]]:
@@ -138,7 +140,8 @@ def dropped_of(plan: Plan, labels: dict[str, list[str]]) -> dict[str, int]:
         dropped.update({f"{name}: {reason}": n for reason, n in inputs.dropped.items()})
     for stage, steps in labels.items():
         for file in sorted(Path(plan.folder(f"logs/{stage}/stats")).glob("*.json")):
-            for label, step in zip(steps, json.loads(file.read_text()), strict=True):
+            statistics = json.loads(file.read_text())[-len(steps) :]
+            for label, step in zip(steps, statistics, strict=True):
                 dropped.update(_dropped_by(label, step["stats"]))
     return dict(sorted(dropped.items()))
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import multiprocess
+from loguru import logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,7 +25,8 @@ from lclm.data.shards import MANIFEST
 
 from .assemble import put_in_place
 from .plan import BUILD, Plan, make_plan, state_of
-from .stages import Stage, completed, make_executor, make_stages
+from .stages import Stage, completed, make_executor, make_stages, training_texts
+from .tokenizers import make_tokenizer
 
 
 @dataclass
@@ -71,6 +74,7 @@ def build(recipe_path: str | Path, overrides: Sequence[str] = (), fresh: bool = 
     plan = make_plan(recipe_path, overrides)
     state = state_of(plan)
     if state == "current" and not fresh:
+        shutil.rmtree(plan.work, ignore_errors=True)
         return Built("up to date", plan.out, 0.0, read_manifests(plan.out))
     if state == "unknown":
         raise ValueError(
@@ -82,6 +86,7 @@ def build(recipe_path: str | Path, overrides: Sequence[str] = (), fresh: bool = 
     if state in reason:
         console.print(f"{plan.out}: {reason[state]}; building it again")
     with _only_one(plan), _plain_errors(plan):
+        _wait_for_tasks(plan, console)
         _clear(plan, fresh)
         status = _run(plan, console)
         if status == "built":
@@ -91,10 +96,54 @@ def build(recipe_path: str | Path, overrides: Sequence[str] = (), fresh: bool = 
     return Built(status, plan.out, time.monotonic() - started, read_manifests(plan.out))
 
 
+def build_tokenizer(recipe_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Make the tokenizer of a pipeline recipe alone, from its filtered training documents.
+
+    It is written beside the recipe's `out`, as ``OUT-tokenizer``. Returns a line that says so.
+
+    :raises ValueError: no `tokenizer:` in the recipe, or too few documents.
+    """
+    plan = make_plan(recipe_path, overrides)
+    settings = plan.settings.tokenizer
+    if settings is None:
+        raise ValueError(f"{recipe_path} has no `tokenizer:`; add one, such as tokenizer.kind=bytes")
+    with tempfile.TemporaryDirectory(prefix="lclm-tokenizer-") as lists:
+        texts = training_texts(plan, lists) if settings.trained else iter(())
+        out = plan.out.with_name(f"{plan.out.name}-tokenizer")
+        staging = out.with_name(f".{out.name}.building")
+        shutil.rmtree(staging, ignore_errors=True)
+        logger.disable("datatrove")
+        try:
+            tokens = make_tokenizer(settings, texts, staging)
+        finally:
+            logger.enable("datatrove")
+    put_in_place(staging, out)
+    return f"{out}: a tokenizer of kind {settings.kind}, {tokens:,} tokens"
+
+
 def read_manifests(out: Path) -> dict[str, dict]:
     """The manifest of every data set of a build, by its folder relative to `out`."""
     places = json.loads((out / BUILD).read_text())["data_sets"]
     return {place: json.loads((out / place / MANIFEST).read_text()) for place in places}
+
+
+def _wait_for_tasks(plan: Plan, console: Console, seconds: float = 600) -> None:
+    """Wait until no process of a killed build works here any more: each ends after the task it is at."""
+    for file in plan.out.parent.glob(f".{plan.out.name}.building-*/logs/presence"):
+        started = time.monotonic()
+        with open(file, "a") as presence:
+            while True:
+                try:
+                    fcntl.flock(presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if time.monotonic() - started > seconds:
+                        raise ValueError(
+                            f"a process of another build still works in {file.parent}"
+                        ) from error
+                    if time.monotonic() - started < 1:
+                        console.print("waiting for a task of the interrupted build to end")
+                    time.sleep(1)
 
 
 def _clear(plan: Plan, fresh: bool) -> None:

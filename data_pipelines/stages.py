@@ -4,6 +4,7 @@ Ray."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from .assemble import Assemble, Publish
 from .plan import Plan
 from .settings import DecontaminationSettings, DedupSettings, ExecutorSettings, SourceSettings
 from .sources import Inputs, make_reader
-from .steps import CountTokens, NgramIndex, PlainWords, ReadBack, WriteShards, make_filter
+from .steps import CountTokens, NgramIndex, PlainWords, Presence, ReadBack, WriteShards, make_filter, split_of
 
 Labelled = list[tuple[str, PipelineStep]]
 """Steps, each with what the manifest calls its drops ("" where the step names them itself)."""
@@ -63,7 +64,7 @@ def make_stages(plan: Plan) -> list[Stage]:
     """All stages of a build, in order."""
     settings = plan.settings
     tasks = settings.executor.tasks
-    read = _readers(plan, settings.sources, plan.inputs)
+    read = _readers(plan.folder("inputs"), settings.sources, plan.inputs)
     read += [(f"filters.{name}", make_filter(name, f)) for name, f in settings.filters.items()]
     write: Labelled = []
     stages: list[Stage] = []
@@ -90,9 +91,21 @@ def make_stages(plan: Plan) -> list[Stage]:
     return stages
 
 
-def _readers(plan: Plan, sources: dict[str, SourceSettings], inputs: dict[str, Inputs]) -> Labelled:
-    """A reader for every source, one after another, with its list of files written down."""
-    folder = Path(plan.folder("inputs"))
+def training_texts(plan: Plan, lists: str) -> Iterator[str]:
+    """The filtered training documents of all sources, read in this process; `lists` is an empty folder."""
+    steps = _readers(lists, plan.settings.sources, plan.inputs)
+    steps += [(name, make_filter(name, f)) for name, f in plan.settings.filters.items()]
+    documents: Any = None
+    for _, step in steps:
+        documents = step(documents, 0, 1)
+    for document in documents:
+        if split_of(document, plan.settings) == "train":
+            yield document.text
+
+
+def _readers(lists: str, sources: dict[str, SourceSettings], inputs: dict[str, Inputs]) -> Labelled:
+    """A reader for every source, one after another; what files it reads is written to the folder `lists`."""
+    folder = Path(lists)
     folder.mkdir(parents=True, exist_ok=True)
     readers: Labelled = []
     for name, source in sources.items():
@@ -105,7 +118,7 @@ def _readers(plan: Plan, sources: dict[str, SourceSettings], inputs: dict[str, I
 def _decontamination(plan: Plan, settings: DecontaminationSettings) -> tuple[Stage, Labelled]:
     config = NGramsDecontConfig(n_grams=settings.ngrams, hash_config=HASHES)
     folder = plan.folder("evaluations")
-    steps = _readers(plan, settings.evaluations, plan.evaluations)
+    steps = _readers(plan.folder("inputs"), settings.evaluations, plan.evaluations)
     steps.append(("", NgramIndex(folder, config)))
     check = NGramsDecontFilter(folder, config=config, language=PlainWords())
     return Stage("evaluations", steps, 1), [("decontamination", check)]
@@ -159,11 +172,14 @@ def make_executor(
         if option not in accepted or option in own:
             known = [name for name in accepted if name not in own]
             raise ValueError(f"executor.options ({settings.kind}): {unknown_name('option', option, known)}")
+    steps = [step for _, step in stage.steps]
+    if settings.kind == "local":
+        steps.insert(0, Presence(f"{logs}/presence"))
     if settings.kind == "slurm":
         options.setdefault("job_name", f"lclm-data-{stage.name}")
     try:
         return found(
-            pipeline=[step for _, step in stage.steps],
+            pipeline=steps,
             tasks=stage.tasks,
             workers=min(settings.workers, stage.tasks),
             logging_dir=f"{logs}/{stage.name}",

@@ -3,11 +3,14 @@ counts."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import json
+import os
 import random
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -178,8 +181,9 @@ class WriteShards(PipelineStep):
         }
         report = Path(self.reports) / f"{rank:05d}.json"
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.with_suffix(".tmp").write_text(json.dumps(shards))
-        report.with_suffix(".tmp").rename(report)
+        unfinished = report.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        unfinished.write_text(json.dumps(shards))
+        unfinished.rename(report)
         return iter(())
 
     def _writer(self, kind: Kind, split: str, rank: int) -> Shuffled:
@@ -234,6 +238,22 @@ class Shuffled:
             self.rng.shuffle(self.samples)
             for sample in self.samples:
                 self.writer.write(sample)
+
+
+class Presence(PipelineStep):
+    """Holds a shared lock while a task runs, so that a build can wait for tasks of one that was killed."""
+
+    name = "🔒 Presence"
+    type = "🔒 - LOCK"
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.file = file
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self.held = os.fdopen(os.open(self.file, os.O_RDWR | os.O_CREAT), "rb")
+        fcntl.flock(self.held, fcntl.LOCK_SH)
+        return data
 
 
 class ReadBack(PipelineStep):

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import re
+import secrets
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -99,8 +100,7 @@ def message_text(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def _dump(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode()
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
 
 
 def fingerprint(kind: str, shards: Iterable[Shard]) -> str:
@@ -141,6 +141,7 @@ class ShardWriter:
         self._rows: list[tuple[int, int, int, int]] = []
         self._file: Any = None
         self._keys: set[str] = set()
+        self._unfinished = f"{secrets.token_hex(4)}.tmp"
 
     def write(self, sample: Sample) -> None:
         """Append one sample. Keys must be unique within the writer and match ``[A-Za-z0-9_/-]{1,90}``."""
@@ -189,7 +190,7 @@ class ShardWriter:
 
     def _start(self) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
-        self._file = self.fs.open(f"{self.path}/{self._name}.tar.tmp", "wb")
+        self._file = self.fs.open(f"{self.path}/{self._name}.tar.{self._unfinished}", "wb")
         self._hashing = _HashingFile(self._file)
 
     def _finish(self) -> None:
@@ -201,9 +202,9 @@ class ShardWriter:
         rows = np.array(self._rows, dtype=np.int64).reshape(-1, 4)
         buffer = io.BytesIO()
         np.save(buffer, rows)
-        self.fs.pipe_file(f"{self.path}/{name}.npy.tmp", buffer.getvalue())
+        self.fs.pipe_file(f"{self.path}/{name}.npy.{self._unfinished}", buffer.getvalue())
         for suffix in ("npy", "tar"):
-            self.fs.mv(f"{self.path}/{name}.{suffix}.tmp", f"{self.path}/{name}.{suffix}")
+            self.fs.mv(f"{self.path}/{name}.{suffix}.{self._unfinished}", f"{self.path}/{name}.{suffix}")
         self.shards.append(
             Shard(
                 file=f"{name}.tar",
@@ -245,7 +246,7 @@ class ShardWriter:
         self._file, name = None, self._name
         for suffix in ("tar", "npy"):
             with contextlib.suppress(OSError):
-                self.fs.rm_file(f"{self.path}/{name}.{suffix}.tmp")
+                self.fs.rm_file(f"{self.path}/{name}.{suffix}.{self._unfinished}")
 
     def __enter__(self) -> ShardWriter:
         return self
