@@ -1,7 +1,450 @@
-"""Batches of packs."""
+"""Steps of batches: the packs of a process's lanes, made in background processes, collated to tensors."""
 
 from __future__ import annotations
 
-from lclm.data.settings import DataSettings, PackSettings, SourceSettings, TaskSettings
+import ctypes
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DataSettings", "PackSettings", "SourceSettings", "TaskSettings"]
+import numpy as np
+
+from lclm.data.settings import DataSettings, PackSettings, SourceSettings, TaskSettings
+from lclm.model.spans import Example, Geometry, collate, lay_out
+
+if TYPE_CHECKING:
+    import torch
+
+    from lclm.data.packing import Lane, Pack
+    from lclm.model.text import SpanTokenizer
+
+__all__ = [
+    "Batch",
+    "DataSettings",
+    "Loader",
+    "PackSettings",
+    "SourceSettings",
+    "Step",
+    "TaskSettings",
+    "make_lanes",
+    "merge_states",
+]
+
+STATE_SCHEMA = 1
+_PARENT_DEATH_SIGNAL = 1
+
+
+@dataclass
+class Batch:
+    """One micro-batch of B packs.
+
+    arrays: what the model's forward takes, int64 tensors (no attention_mask: packs need none), with
+    `latents` rows in its table of latents (`num_latents`). task_ids [loss tokens]: index into task_names of
+    every label that bears loss, in row-major order. keys: sample keys of each row. lanes: lane of each row.
+    source_tokens: before compression, by task. positions, row_tokens, latents_used: real ones, of capacity
+    (the same three with padding). dropped: samples left out or shortened since the last pack, by reason.
+    """
+
+    arrays: dict[str, torch.Tensor]
+    num_latents: int
+    task_ids: torch.Tensor
+    task_names: list[str]
+    keys: list[list[str]]
+    lanes: list[int]
+    source_tokens: dict[str, int]
+    positions: int
+    row_tokens: int
+    latents_used: int
+    capacity: tuple[int, int, int]
+    dropped: dict[str, int]
+
+    @property
+    def loss_tokens(self) -> int:
+        """Labels that bear loss."""
+        return len(self.task_ids)
+
+    def to(self, device: Any, non_blocking: bool = True) -> Batch:
+        """The same batch with its tensors on `device`."""
+        arrays = {name: array.to(device, non_blocking=non_blocking) for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays, task_ids=self.task_ids.to(device, non_blocking=non_blocking))
+
+
+@dataclass
+class Step:
+    """What one process contributes to one optimizer step: its micro-batches, in order."""
+
+    micro_batches: list[Batch]
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(batch.loss_tokens for batch in self.micro_batches)
+
+    @property
+    def source_tokens(self) -> int:
+        return sum(sum(batch.source_tokens.values()) for batch in self.micro_batches)
+
+    @property
+    def empty(self) -> bool:
+        """Whether all packs are empty: this process's lanes have used up their epochs."""
+        return not any(keys for batch in self.micro_batches for keys in batch.keys)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all samples of the step."""
+        return [key for batch in self.micro_batches for row in batch.keys for key in row]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for batch in self.micro_batches:
+            total.update(batch.dropped)
+        return dict(total)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.micro_batches)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+
+@dataclass
+class _LaidOut:
+    """One pack as arrays, on its way from a worker."""
+
+    arrays: dict[str, np.ndarray]
+    task_ids: np.ndarray
+    keys: list[str]
+    pack: Pack
+
+
+@dataclass
+class _Failure:
+    """An error of a worker, without its traceback: data errors are for users."""
+
+    message: str
+
+
+def _loss_tokens(example: Example) -> int:
+    first = example.spans[0]
+    return sum(len(span.ids) for span in example.spans if span.loss) - (first.kind == "text" and first.loss)
+
+
+def _lay_out(pack: Pack, names: Sequence[str], shape: PackSettings, geometry: Geometry) -> _LaidOut:
+    arrays = lay_out(
+        [pack.examples],
+        geometry,
+        positions=shape.positions,
+        encoder_rows=shape.rows,
+        latents=shape.latents,
+    )
+    del arrays["attention_mask"]
+    tasks = [names.index(example.task) for example in pack.examples]
+    counts = [_loss_tokens(example) for example in pack.examples]
+    keys = [example.key for example in pack.examples]
+    return _LaidOut(arrays, np.repeat(np.array(tasks, np.int64), counts), keys, replace(pack, examples=[]))
+
+
+def make_lanes(
+    settings: DataSettings,
+    tokenizer: SpanTokenizer,
+    geometry: Geometry,
+    numbers: Iterable[int],
+    *,
+    seed: int,
+    mixture: Mapping[str, float],
+    ratios: Sequence[int] | None = None,
+    cursors: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Lane]:
+    """Lanes of the given numbers. ratios: what a task without `ratios` draws from (None: the geometry's).
+
+    ValueError for a missing or damaged data set, or one of a kind that its task cannot read.
+    """
+    from lclm.data.packing import Lane
+    from lclm.data.tasks import make_task
+
+    shares = {name: share for name, share in mixture.items() if share > 0}
+    tasks = {}
+    for name in shares:
+        task = settings.tasks[name]
+        own = task.ratios if task.ratios is not None or task.task == "plain" else ratios
+        tasks[name] = make_task(
+            name, replace(task, ratios=list(own) if own is not None else None), tokenizer, geometry
+        )
+    sources = _open_sources(settings, {task.settings.source for task in tasks.values()}, seed)
+    for name, task in tasks.items():
+        kind = sources[task.settings.source].data.kind
+        if kind != task.kind:
+            raise ValueError(
+                f"data.tasks.{name}: task {task.settings.task!r} reads {task.kind}, but source "
+                f"{task.settings.source!r} holds {kind}"
+            )
+    return [
+        Lane(
+            number,
+            settings.lanes,
+            sources,
+            tasks,
+            shares,
+            settings.pack,
+            geometry,
+            lookahead=settings.lookahead,
+            cursor=(cursors or {}).get(str(number)),
+        )
+        for number in numbers
+    ]
+
+
+def _open_sources(settings: DataSettings, names: Iterable[str], seed: int) -> dict[str, Any]:
+    from lclm.data.stream import Source
+
+    return {
+        name: Source(
+            name,
+            settings.sources[name],
+            seed=seed,
+            run_samples=settings.run_samples,
+            epochs=settings.epochs,
+        )
+        for name in sorted(names)
+    }
+
+
+@dataclass
+class _Packs:
+    """The packs of a process's lanes, in turn. In a worker: of every `workers`-th lane."""
+
+    settings: DataSettings
+    tokenizer: SpanTokenizer
+    geometry: Geometry
+    lanes: Sequence[int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[_LaidOut | _Failure]:
+        from torch.utils.data import get_worker_info
+
+        worker = get_worker_info()
+        if worker is None:
+            yield from self._packs(self.lanes)
+            return
+        try:
+            yield from self._packs(self.lanes[worker.id :: worker.num_workers])
+        except ValueError as error:
+            yield _Failure(str(error))
+
+    def _packs(self, numbers: Sequence[int]) -> Iterator[_LaidOut]:
+        lanes = make_lanes(self.settings, self.tokenizer, self.geometry, numbers, **self.options)
+        names = list(self.settings.tasks)
+        while True:
+            for lane in lanes:
+                yield _lay_out(lane.next_pack(), names, self.settings.pack, self.geometry)
+
+
+def _start_worker(worker: int) -> None:
+    """Let the worker end with its parent, leave Ctrl-C to the parent, and use one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _in_background(packs: _Packs, workers: int, prefetch: int) -> Iterator[Any]:
+    """Iterate over packs in `workers` processes; their order is that of one process."""
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(packs)
+
+    return iter(
+        DataLoader(
+            Stream(),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_same,
+            worker_init_fn=_start_worker,
+            prefetch_factor=prefetch,
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
+        )
+    )
+
+
+class Loader:
+    """Iterates over `Step`s for ever; one process's share of the lanes.
+
+    seed: of the order of data. rank, world: this process and how many there are. mixture, pack: a stage's
+    own, instead of the settings'. cursor: a state to go on from, of `state()` or `merge_states` (which may
+    come from another stage or another number of processes). ratios: what memories of tasks that name none
+    are drawn from.
+
+    The steps depend on none of workers, rank, world: lane l is the same everywhere. ValueError for settings
+    that do not work together, data that is missing or damaged, or a cursor of other data.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: SpanTokenizer,
+        geometry: Geometry,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        mixture: Mapping[str, float] | None = None,
+        pack: PackSettings | None = None,
+        cursor: Mapping[str, Any] | None = None,
+        ratios: Sequence[int] | None = None,
+    ) -> None:
+        settings = replace(settings, pack=pack or settings.pack, mixture=dict(mixture or settings.mixture))
+        settings.validate()
+        self.settings, self.accumulation = settings, settings.accumulation(world)
+        share = settings.lanes // world
+        self.lanes = list(range(rank * share, (rank + 1) * share))
+        self.seed = seed
+        used = {settings.tasks[name].source for name, part in settings.mixture.items() if part > 0}
+        sources = _open_sources(settings, used, seed)
+        self._fingerprints = {name: source.fingerprint for name, source in sources.items()}
+        self._cursors = self._begin(cursor)
+        self._packs = _Packs(
+            settings,
+            tokenizer,
+            geometry,
+            self.lanes,
+            {"seed": seed, "mixture": settings.mixture, "ratios": ratios, "cursors": dict(self._cursors)},
+        )
+        self.workers = max(n for n in range(min(settings.workers, share) + 1) if n == 0 or share % n == 0)
+        self._iterator: Iterator[Any] | None = None
+
+    def _begin(self, state: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+        """Cursors of this process's lanes; empty where a lane has not begun."""
+        from lclm.data.packing import carried
+
+        if state is None:
+            return {}
+        ours = self._state({})
+        for name in ("schema", "lanes", "seed", "run_samples"):
+            if state.get(name) != ours[name]:
+                raise ValueError(
+                    f"the data cursor was made with {name} {state.get(name)!r}, this run has {ours[name]!r}; "
+                    "start a new run, or set it back"
+                )
+        for source, fingerprint in state["fingerprints"].items():
+            if self._fingerprints.get(source, fingerprint) != fingerprint:
+                raise ValueError(
+                    f"data source {source!r} has fingerprint {self._fingerprints[source]}, the cursor was made "
+                    f"with {fingerprint}: the data has changed; give the same data or start a new run"
+                )
+        cursors = {}
+        for lane in map(str, self.lanes):
+            if state["cursors"] and lane not in state["cursors"]:
+                raise ValueError(
+                    f"the data cursor lacks lane {lane}; merge the states of all processes with merge_states"
+                )
+            if lane in state["cursors"]:
+                cursor = state["cursors"][lane]
+                same = state["mixture"] == ours["mixture"] and state["pack"] == ours["pack"]
+                cursors[lane] = dict(cursor) if same else carried(cursor)
+        return cursors
+
+    def _state(self, cursors: Mapping[str, Any]) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "schema": STATE_SCHEMA,
+            "lanes": settings.lanes,
+            "seed": self.seed,
+            "run_samples": settings.run_samples,
+            "fingerprints": dict(self._fingerprints),
+            "mixture": {name: float(share) for name, share in settings.mixture.items()},
+            "pack": [settings.pack.positions, settings.pack.rows, settings.pack.latents],
+            "cursors": dict(cursors),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Where this process's lanes stand after the last step taken, as plain data for JSON."""
+        return self._state(self._cursors)
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        if self._iterator is None:
+            if self.workers:
+                self._iterator = _in_background(self._packs, self.workers, self.settings.prefetch)
+            else:
+                self._iterator = iter(self._packs)
+        items = [self._next_pack() for _ in self.lanes]
+        size = self.settings.micro_batch
+        batches = [self._batch(items[i : i + size]) for i in range(0, len(items), size)]
+        self._cursors = {str(item.pack.lane): item.pack.cursor for item in items}
+        return Step(batches)
+
+    def _next_pack(self) -> _LaidOut:
+        assert self._iterator is not None
+        item = next(self._iterator)
+        if isinstance(item, _Failure):
+            self.close()
+            raise ValueError(item.message)
+        return item
+
+    def _batch(self, items: Sequence[_LaidOut]) -> Batch:
+        import torch
+
+        shape, row_length = self.settings.pack, self._packs.geometry.row_length
+        arrays = collate([item.arrays for item in items])
+        source_tokens: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        for item in items:
+            source_tokens.update(item.pack.source_tokens)
+            dropped.update(item.pack.dropped)
+        used = np.array([item.pack.used for item in items]).sum(0).tolist()
+        count = len(items)
+        return Batch(
+            arrays={name: torch.from_numpy(array) for name, array in arrays.items()},
+            num_latents=count * shape.latents,
+            task_ids=torch.from_numpy(np.concatenate([item.task_ids for item in items])),
+            task_names=list(self.settings.tasks),
+            keys=[item.keys for item in items],
+            lanes=[item.pack.lane for item in items],
+            source_tokens=dict(source_tokens),
+            positions=used[0],
+            row_tokens=used[1],
+            latents_used=used[2],
+            capacity=(count * shape.positions, count * shape.rows * row_length, count * shape.latents),
+            dropped=dict(dropped),
+        )
+
+    def close(self) -> None:
+        """End the background processes. Iterating again goes on after the last step taken."""
+        shutdown = getattr(self._iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+        self._iterator = None
+        self._packs.options["cursors"] = dict(self._cursors)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of all lanes from the states of all processes. ValueError if they do not belong together."""
+    if not states:
+        raise ValueError("there are no states to merge")
+    first = {key: value for key, value in states[0].items() if key != "cursors"}
+    cursors: dict[str, Any] = {}
+    for state in states:
+        if {key: value for key, value in state.items() if key != "cursors"} != first:
+            raise ValueError(
+                "the processes' data states differ in more than their lanes; they run other recipes"
+            )
+        cursors.update(state["cursors"])
+    return first | {"cursors": dict(sorted(cursors.items(), key=lambda item: int(item[0])))}

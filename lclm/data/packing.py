@@ -1,8 +1,9 @@
 """Packs of fixed shape, filled lane by lane.
 
 A lane holds a few samples of every task of the mixture. Each pack is filled in three passes: first tasks
-whose examples have a size of their own (chat, reconstruct), as far as their share of source tokens is due; then
-tasks that can be cut to any size, which even out decoder positions and encoder rows; then whatever still fits.
+whose examples have a size of their own (chat, reconstruct), as far as their share of source tokens is due;
+then tasks that can be cut to any size, which even out decoder positions and encoder rows; then whatever
+still fits.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ MOST_DROPPED = 10_000
 class Pack:
     """One training row before it is laid out.
 
-    used: decoder positions, row tokens and latents. source_tokens: before compression, by task. dropped: samples
-    left out or shortened since the last pack, by "task: reason". cursor: where the lane stands after this pack.
+    used: decoder positions, row tokens and latents. source_tokens: before compression, by task. dropped:
+    samples left out or shortened since the last pack, by "task: reason". cursor: where the lane stands
+    after this pack.
     """
 
     lane: int
@@ -154,7 +156,8 @@ class Lane:
 
     def next_pack(self) -> Pack:
         """Fill the next pack. A lane whose epochs are used up gives packs without examples, for ever."""
-        self._refill()
+        for entry in self.entries.values():
+            self.refill(entry)
         before = {name: entry.taken for name, entry in self.entries.items()}
         filling = _Filling(self)
         filling.run()
@@ -185,22 +188,22 @@ class Lane:
         self.dropped[f"{task}: {reason}"] += 1
         self._new_dropped[f"{task}: {reason}"] += 1
 
-    def _refill(self) -> None:
-        for entry in self.entries.values():
-            in_a_row = 0
-            while len(entry.documents) + len(entry.waiting) < entry.capacity and not entry.exhausted:
-                held = entry.stream.pull()
-                if held is None:
-                    entry.exhausted = True
-                elif self._hold(entry, held):
-                    in_a_row = 0
-                else:
-                    in_a_row += 1
-                    if in_a_row >= min(MOST_DROPPED, 2 * entry.stream.source.data.num_samples + 64):
-                        raise ValueError(
-                            f"task {entry.task.name!r}: {in_a_row} conversations in a row were dropped "
-                            f"({dict(self.dropped)}); raise data.pack, set over_budget: shorten, or use others"
-                        )
+    def refill(self, entry: _Entry) -> None:
+        """Read samples until the entry holds as many as it may."""
+        in_a_row = 0
+        while len(entry.documents) + len(entry.waiting) < entry.capacity and not entry.exhausted:
+            held = entry.stream.pull()
+            if held is None:
+                entry.exhausted = True
+            elif self._hold(entry, held):
+                in_a_row = 0
+            else:
+                in_a_row += 1
+                if in_a_row >= min(MOST_DROPPED, 2 * entry.stream.source.data.num_samples + 64):
+                    raise ValueError(
+                        f"task {entry.task.name!r}: {in_a_row} conversations in a row were dropped "
+                        f"({dict(self.dropped)}); raise data.pack, set over_budget: shorten, or use others"
+                    )
 
     def _hold(self, entry: _Entry, held: Held) -> bool:
         """Keep a sample for packing; False if it was dropped (and counted)."""
@@ -344,3 +347,4 @@ class _Filling:
         self.room.take(cut.size)
         self.examples.append(cut.example)
         entry.taken += cut.source_tokens
+        self.lane.refill(entry)

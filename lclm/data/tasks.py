@@ -181,7 +181,8 @@ class Interleave(Task):
             return None
         trial, at, ended = room.copy(), document.held.offset, False
         spans: list[Span] = []
-        rows_left, memory_next, text_from = True, draws.random() < 0.5, at
+        rows_left, text_from = True, at
+        memory_next = draws.random() < 0.5 or self._scarce(trial)
         while not ended and trial.positions and rows_left:
             if memory_next:
                 taken = self._memory(document, at, trial, draws)
@@ -212,6 +213,14 @@ class Interleave(Task):
         text = max(1.0, room.positions - room.row_tokens / ratio)
         return min(self.high, max(self.low, room.row_tokens / (room.row_tokens + text)))
 
+    def _kept(self, room: Room) -> int:
+        """Positions that memories in all free rows would take, with a little text after the last."""
+        return room.row_tokens // min(self.ratios) + 2 * len(room.gaps) + LEAST_TEXT
+
+    def _scarce(self, room: Room) -> bool:
+        """Whether positions are so few that the free rows must be filled before more text is read."""
+        return room.row_tokens >= self.least and room.positions - self._kept(room) < self.least
+
     def _memory(
         self, document: Document, at: int, room: Room, draws: random.Random
     ) -> tuple[Span, int] | None:
@@ -224,7 +233,7 @@ class Interleave(Task):
         if want > rest - LEAST_TEXT:
             want = rest * share
         want = max(want, min(self.least, rest * share))
-        if room.row_tokens < 1.5 * want:
+        if room.row_tokens < 1.5 * want or self._scarce(room):
             want = room.row_tokens
         most = min(self.most, rest - LEAST_TEXT, (room.positions - 2 - LEAST_TEXT) * ratio)
         length = room.memory_length(int(want), min(self.least, int(rest * share)), most, ratio)
@@ -240,10 +249,9 @@ class Interleave(Task):
         """A text span from `at`; the last one takes all positions, others leave enough for memory to come."""
         tokens = room.positions
         if rows_left and room.row_tokens >= self.least:
-            share, ratio = self._share(room), min(self.ratios)
-            want = self.span_length(draws) * min(1.0, (1 - share) / share)
-            kept = room.row_tokens // ratio + 2 + LEAST_TEXT
-            want = max(self.least, min(int(want), room.positions - kept))
+            share = self._share(room)
+            want = max(self.least, int(self.span_length(draws) * min(1.0, (1 - share) / share)))
+            want = max(LEAST_TEXT, min(want, room.positions - self._kept(room)))
             if room.positions - want > LEAST_TEXT + 2:
                 tokens = want
         return document.words(at, tokens, room.positions, self.ending)
