@@ -66,6 +66,7 @@ def train(recipe_path: RecipePath, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe_path, overrides or [])
     from lclm.train.trainer import train as run
 
+    no_loading_bars(loaded.model.init_from, loaded.model.encoder.path, loaded.model.decoder.path)
     run(loaded)
 
 
@@ -98,6 +99,7 @@ def export(
     """
     from lclm.hub.export import export_run
 
+    no_loading_bars(str(run))
     folder = export_run(run, output, stage=stage, layout=layout)
     typer.echo(
         f"exported: {folder}\ntry it:   lclm generate {folder} --memory README.md --prompt 'What is this?'"
@@ -141,6 +143,7 @@ def generate(
     """
     from lclm.answer import answer, ask
 
+    no_loading_bars(checkpoint)
     if questions is not None and prompt is None:
         ask(checkpoint, questions)
     elif prompt is not None and questions is None:
@@ -308,6 +311,14 @@ def data_tokenizer(
     found = DataSet.open(documents)
     tokens = make_tokenizer(settings, (sample.text for sample in found if sample.text), output)
     typer.echo(f"{output}: {tokens:,} tokens")
+
+
+def no_loading_bars(*sources: str | None) -> None:
+    """Switch off transformers' bars for loading and saving, unless something is to be fetched from the hub."""
+    if all(source is None or source.startswith("package:") or Path(source).exists() for source in sources):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def show_error(error: BaseException) -> None:
