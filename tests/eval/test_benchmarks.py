@@ -1,0 +1,44 @@
+"""The benchmarks' plain implementation is the same mathematics, and their programs run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def workload(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import workload
+
+    return workload
+
+
+@pytest.mark.parametrize("settings", [None, {}], ids=["tiny", "untied, no place in block"])
+def test_packed_and_plain_have_equal_losses_and_gradients(workload, settings):
+    from dataclasses import replace
+
+    size = workload.SIZES["tiny"]
+    size = size if settings is None else replace(size, settings=settings)
+    model = workload.make_model(size, torch.device("cpu"), torch.float32)
+    rows = workload.make_rows(size, model.config.geometry(), np.random.default_rng(0))
+    batch = workload.packed(rows, size, model.config.geometry(), torch.device("cpu"))
+    assert workload.check_equal(model, workload.Plain(model, rows, size), batch) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["encoder", "train_step"])
+def test_programs_write_results(name, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--sizes", "tiny", "--rounds", "3"]
+    subprocess.run([*command, "--name", str(tmp_path / "out")], check=True, capture_output=True, timeout=300)
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["rows"] and content["machine"] and content["date"]
+    assert (tmp_path / "out.md").read_text().count("| tiny |") == len(content["rows"])
