@@ -151,8 +151,8 @@ def main() -> None:
     notes = [
         "lclm: examples packed to fixed shapes, one encoder and one decoder call, logits only with loss.",
         "plain: one encoder call per memory (windows padded to W), one decoder call over examples "
-        "padded to the longest, logits everywhere. Same weights and examples; losses and gradients of the two "
-        "are checked equal first.",
+        "padded to the longest, logits everywhere. Same weights and examples; losses and gradients of the "
+        "two are checked equal first.",
         f"Medians of {options.rounds} rounds in which all take turns; {options.dtype}; one process.",
         "Floor: FLOPs of the real tokens, forward and backward, at the rate of a large matrix product, "
         "timed in turn too (GFLOP/s).",

@@ -135,7 +135,7 @@ class _Probes:
     def _continuation_figures(self, ways: dict[str, np.ndarray]) -> dict[str, Any]:
         interval = Bootstrap(len(ways["none"]), self.settings.seed)
         saved = {way: ways["none"] - loss for way, loss in ways.items() if way != "none"}
-        figures = {
+        figures: dict[str, Any] = {
             "loss": {way: interval.mean(loss) for way, loss in ways.items()},
             "saved": {way: interval.mean(value) for way, value in saved.items()},
             "recovered": {
@@ -217,7 +217,8 @@ class _Probes:
             self._needle_group(numbers, group)
 
     def _needle_group(self, numbers: str, group: list[Needle]) -> None:
-        chosen, skipped = [], 0
+        chosen: list[Needle] = []
+        skipped = 0
         most = min(self.settings.max_needle_tokens, self.limit or self.settings.max_needle_tokens)
         full = []
         for needle in group:

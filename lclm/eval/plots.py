@@ -25,7 +25,7 @@ LABELS = {
 }  # fmt: skip
 WAYS = ("none", "shuffled", "compressed", "uncompressed")
 MOST_POINTS = 400
-STYLE = {
+STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7, "axes.edgecolor": "#999999", "legend.frameon": False,
@@ -131,7 +131,7 @@ def _legend(axes: Axes, *, outside: bool = True) -> None:
 def _runs(steps: np.ndarray, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """The series cut where it pauses (a component that does not learn in some stage has no figures there)."""
     gaps = np.diff(steps)
-    cuts = np.flatnonzero(gaps > 3 * np.median(gaps)) + 1 if len(gaps) else []
+    cuts: Any = np.flatnonzero(gaps > 3 * np.median(gaps)) + 1 if len(gaps) else []
     return list(zip(np.split(steps, cuts), np.split(values, cuts), strict=True))
 
 
