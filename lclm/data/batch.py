@@ -6,20 +6,16 @@ import ctypes
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from lclm.data.arrays import Batch, LaidOut, Step, lay_out_pack, make_batch
 from lclm.data.settings import DataSettings, PackSettings, SourceSettings, TaskSettings
-from lclm.model.spans import Example, Geometry, collate, lay_out
+from lclm.model.spans import Geometry
 
 if TYPE_CHECKING:
-    import torch
-
-    from lclm.data.packing import Lane, Pack
+    from lclm.data.packing import Lane
     from lclm.model.text import SpanTokenizer
 
 __all__ = [
@@ -39,113 +35,10 @@ _PARENT_DEATH_SIGNAL = 1
 
 
 @dataclass
-class Batch:
-    """One micro-batch of B packs.
-
-    arrays: what the model's forward takes, int64 tensors (no attention_mask: packs need none), with
-    `latents` rows in its table of latents (`num_latents`). task_ids [loss tokens]: index into task_names of
-    every label that bears loss, in row-major order. keys: sample keys of each row. lanes: lane of each row.
-    source_tokens: before compression, by task. positions, row_tokens, latents_used: real ones, of capacity
-    (the same three with padding). dropped: samples left out or shortened since the last pack, by reason.
-    """
-
-    arrays: dict[str, torch.Tensor]
-    num_latents: int
-    task_ids: torch.Tensor
-    task_names: list[str]
-    keys: list[list[str]]
-    lanes: list[int]
-    source_tokens: dict[str, int]
-    positions: int
-    row_tokens: int
-    latents_used: int
-    capacity: tuple[int, int, int]
-    dropped: dict[str, int]
-
-    @property
-    def loss_tokens(self) -> int:
-        """Labels that bear loss."""
-        return len(self.task_ids)
-
-    def to(self, device: Any, non_blocking: bool = True) -> Batch:
-        """The same batch with its tensors on `device`."""
-        arrays = {name: array.to(device, non_blocking=non_blocking) for name, array in self.arrays.items()}
-        return replace(self, arrays=arrays, task_ids=self.task_ids.to(device, non_blocking=non_blocking))
-
-
-@dataclass
-class Step:
-    """What one process contributes to one optimizer step: its micro-batches, in order."""
-
-    micro_batches: list[Batch]
-
-    @property
-    def loss_tokens(self) -> int:
-        return sum(batch.loss_tokens for batch in self.micro_batches)
-
-    @property
-    def source_tokens(self) -> int:
-        return sum(sum(batch.source_tokens.values()) for batch in self.micro_batches)
-
-    @property
-    def empty(self) -> bool:
-        """Whether all packs are empty: this process's lanes have used up their epochs."""
-        return not any(keys for batch in self.micro_batches for keys in batch.keys)
-
-    @property
-    def keys(self) -> list[str]:
-        """Keys of all samples of the step."""
-        return [key for batch in self.micro_batches for row in batch.keys for key in row]
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        total: Counter[str] = Counter()
-        for batch in self.micro_batches:
-            total.update(batch.dropped)
-        return dict(total)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.micro_batches)
-
-    def __len__(self) -> int:
-        return len(self.micro_batches)
-
-
-@dataclass
-class _LaidOut:
-    """One pack as arrays, on its way from a worker."""
-
-    arrays: dict[str, np.ndarray]
-    task_ids: np.ndarray
-    keys: list[str]
-    pack: Pack
-
-
-@dataclass
 class _Failure:
     """An error of a worker, without its traceback: data errors are for users."""
 
     message: str
-
-
-def _loss_tokens(example: Example) -> int:
-    first = example.spans[0]
-    return sum(len(span.ids) for span in example.spans if span.loss) - (first.kind == "text" and first.loss)
-
-
-def _lay_out(pack: Pack, names: Sequence[str], shape: PackSettings, geometry: Geometry) -> _LaidOut:
-    arrays = lay_out(
-        [pack.examples],
-        geometry,
-        positions=shape.positions,
-        encoder_rows=shape.rows,
-        latents=shape.latents,
-    )
-    del arrays["attention_mask"]
-    tasks = [names.index(example.task) for example in pack.examples]
-    counts = [_loss_tokens(example) for example in pack.examples]
-    keys = [example.key for example in pack.examples]
-    return _LaidOut(arrays, np.repeat(np.array(tasks, np.int64), counts), keys, replace(pack, examples=[]))
 
 
 def make_lanes(
@@ -169,11 +62,7 @@ def make_lanes(
     shares = {name: share for name, share in mixture.items() if share > 0}
     tasks = {}
     for name in shares:
-        task = settings.tasks[name]
-        own = task.ratios if task.ratios is not None or task.task == "plain" else ratios
-        tasks[name] = make_task(
-            name, replace(task, ratios=list(own) if own is not None else None), tokenizer, geometry
-        )
+        tasks[name] = make_task(name, settings.tasks[name], tokenizer, geometry, ratios)
     sources = _open_sources(settings, {task.settings.source for task in tasks.values()}, seed)
     for name, task in tasks.items():
         kind = sources[task.settings.source].data.kind
@@ -223,7 +112,7 @@ class _Packs:
     lanes: Sequence[int]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[_LaidOut | _Failure]:
+    def __iter__(self) -> Iterator[LaidOut | _Failure]:
         from torch.utils.data import get_worker_info
 
         worker = get_worker_info()
@@ -235,12 +124,12 @@ class _Packs:
         except ValueError as error:
             yield _Failure(str(error))
 
-    def _packs(self, numbers: Sequence[int]) -> Iterator[_LaidOut]:
+    def _packs(self, numbers: Sequence[int]) -> Iterator[LaidOut]:
         lanes = make_lanes(self.settings, self.tokenizer, self.geometry, numbers, **self.options)
         names = list(self.settings.tasks)
         while True:
             for lane in lanes:
-                yield _lay_out(lane.next_pack(), names, self.settings.pack, self.geometry)
+                yield lay_out_pack(lane.next_pack(), names, self.settings.pack, self.geometry)
 
 
 def _start_worker(worker: int) -> None:
@@ -338,8 +227,8 @@ class Loader:
         for source, fingerprint in state["fingerprints"].items():
             if self._fingerprints.get(source, fingerprint) != fingerprint:
                 raise ValueError(
-                    f"data source {source!r} has fingerprint {self._fingerprints[source]}, the cursor was made "
-                    f"with {fingerprint}: the data has changed; give the same data or start a new run"
+                    f"data source {source!r} has fingerprint {self._fingerprints[source]}, the cursor was "
+                    f"made with {fingerprint}: the data has changed; give the same data or start a new run"
                 )
         cursors = {}
         for lane in map(str, self.lanes):
@@ -381,44 +270,21 @@ class Loader:
                 self._iterator = iter(self._packs)
         items = [self._next_pack() for _ in self.lanes]
         size = self.settings.micro_batch
-        batches = [self._batch(items[i : i + size]) for i in range(0, len(items), size)]
+        names, shape = list(self.settings.tasks), self.settings.pack
+        row_length = self._packs.geometry.row_length
+        batches = [
+            make_batch(items[i : i + size], names, shape, row_length) for i in range(0, len(items), size)
+        ]
         self._cursors = {str(item.pack.lane): item.pack.cursor for item in items}
         return Step(batches)
 
-    def _next_pack(self) -> _LaidOut:
+    def _next_pack(self) -> LaidOut:
         assert self._iterator is not None
         item = next(self._iterator)
         if isinstance(item, _Failure):
             self.close()
             raise ValueError(item.message)
         return item
-
-    def _batch(self, items: Sequence[_LaidOut]) -> Batch:
-        import torch
-
-        shape, row_length = self.settings.pack, self._packs.geometry.row_length
-        arrays = collate([item.arrays for item in items])
-        source_tokens: Counter[str] = Counter()
-        dropped: Counter[str] = Counter()
-        for item in items:
-            source_tokens.update(item.pack.source_tokens)
-            dropped.update(item.pack.dropped)
-        used = np.array([item.pack.used for item in items]).sum(0).tolist()
-        count = len(items)
-        return Batch(
-            arrays={name: torch.from_numpy(array) for name, array in arrays.items()},
-            num_latents=count * shape.latents,
-            task_ids=torch.from_numpy(np.concatenate([item.task_ids for item in items])),
-            task_names=list(self.settings.tasks),
-            keys=[item.keys for item in items],
-            lanes=[item.pack.lane for item in items],
-            source_tokens=dict(source_tokens),
-            positions=used[0],
-            row_tokens=used[1],
-            latents_used=used[2],
-            capacity=(count * shape.positions, count * shape.rows * row_length, count * shape.latents),
-            dropped=dict(dropped),
-        )
 
     def close(self) -> None:
         """End the background processes. Iterating again goes on after the last step taken."""

@@ -222,9 +222,9 @@ class Lane:
     def _too_small(self) -> str:
         names = ", ".join(name for name, entry in self.entries.items() if entry.alive)
         return (
-            f"a pack of {self.pack.positions} positions, {self.pack.rows} encoder rows and {self.pack.latents} "
-            f"latents cannot hold a single example of {names}; raise data.pack (`lclm data budget` proposes "
-            "values) or lower min_span"
+            f"a pack of {self.pack.positions} positions, {self.pack.rows} encoder rows and "
+            f"{self.pack.latents} latents cannot hold a single example of {names}; raise "
+            "data.pack (`lclm data budget` proposes values) or lower min_span"
         )
 
 

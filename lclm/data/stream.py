@@ -90,7 +90,7 @@ class Source:
         self.fingerprint = self.data.fingerprint
         self.runs = self.data.runs(run_samples)
         if not self.runs:
-            raise ValueError(f"data source {name!r}: {settings.path} holds no samples; build it from more text")
+            raise ValueError(f"data source {name!r}: {settings.path} holds no samples; build it again")
         self._key = lru_cache(maxsize=8)(lambda epoch: seed_of("order", seed, self.fingerprint, epoch))
 
     def run(self, number: int) -> Run | None:

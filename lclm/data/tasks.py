@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,9 +25,9 @@ SHARE_RANGE = 0.25
 
 @dataclass(frozen=True)
 class Cut:
-    """An example, what it costs, the characters of the document that it used, and its tokens before compression.
+    """An example, what it costs, and its tokens before compression.
 
-    offset: where the document continues; None when it is used up.
+    offset: character where the document continues; None when it is used up.
     """
 
     example: Example
@@ -56,7 +57,7 @@ class Document:
         return not any(len(self.tokenizer.content.encode(self.text[at : at + PIECE])) for at in rest)
 
     def memory(self, at: int, tokens: int, ratio: int) -> tuple[np.ndarray, int] | None:
-        """At most `tokens` encoder tokens from character `at`, whole blocks if it can be: (ids, end) or None."""
+        """At most `tokens` encoder tokens from `at`, whole blocks if it can be: (ids, end) or None."""
         chars, counts = self.encoder.after(at, tokens)
         if not self.same:
             allowed = np.isin(chars, self.decoder.after(at, 4 * tokens + 16)[0])
@@ -74,10 +75,12 @@ class Document:
                 return ids, end
         return None
 
-    def words(self, at: int, tokens: int, room: int, ending: int | None) -> tuple[np.ndarray, int, bool] | None:
+    def words(
+        self, at: int, tokens: int, room: int, ending: int | None
+    ) -> tuple[np.ndarray, int, bool] | None:
         """About `tokens` and at most `room` decoder tokens from `at`: (ids, end, ended) or None.
 
-        Where the text ends, the id `ending` is added if given; the text then stops earlier if that does not fit.
+        Where the text ends, the id `ending` is added if given; if that does not fit, the text stops earlier.
         """
         tokens = min(tokens, room)
         if tokens < 1:
@@ -108,10 +111,15 @@ class Task:
     compresses: ClassVar[bool] = True
 
     def __init__(
-        self, name: str, settings: TaskSettings, tokenizer: SpanTokenizer, geometry: Geometry
+        self,
+        name: str,
+        settings: TaskSettings,
+        tokenizer: SpanTokenizer,
+        geometry: Geometry,
+        ratios: Sequence[int] | None = None,
     ) -> None:
         self.name, self.settings, self.tokenizer, self.geometry = name, settings, tokenizer, geometry
-        self.ratios = list(settings.ratios or [geometry.ratio])
+        self.ratios = list(settings.ratios or ratios or [geometry.ratio])
         for ratio in self.ratios:
             try:
                 geometry.span_ratio(Span("memory", np.zeros(1, np.int32), ratio=ratio))
@@ -378,6 +386,15 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def make_task(name: str, settings: TaskSettings, tokenizer: SpanTokenizer, geometry: Geometry) -> Task:
-    """The task of a mixture entry. ValueError for a ratio that the geometry cannot serve."""
-    return TASKS[settings.task](name, settings, tokenizer, geometry)
+def make_task(
+    name: str,
+    settings: TaskSettings,
+    tokenizer: SpanTokenizer,
+    geometry: Geometry,
+    ratios: Sequence[int] | None = None,
+) -> Task:
+    """The task of a mixture entry. ratios: the model's, for a task that names none.
+
+    ValueError for a ratio that the geometry cannot serve.
+    """
+    return TASKS[settings.task](name, settings, tokenizer, geometry, ratios)
