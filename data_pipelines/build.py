@@ -134,7 +134,7 @@ def _wait_for_tasks(plan: Plan, console: Console, seconds: float = 600) -> None:
         with open(file, "a") as presence:
             while True:
                 try:
-                    fcntl.flock(presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.lockf(presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except OSError as error:
                     if time.monotonic() - started > seconds:
@@ -224,7 +224,7 @@ def _only_one(plan: Plan) -> Iterator[None]:
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     with open(plan.out.with_name(f".{plan.out.name}.lock"), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
                 f"another build is writing {plan.out}; wait for it or set another `out`"

@@ -240,8 +240,12 @@ class Shuffled:
                 self.writer.write(sample)
 
 
+_HELD: dict[str, int] = {}
+"""Files that this process holds a lock of as long as it lives."""
+
+
 class Presence(PipelineStep):
-    """Holds a shared lock while a task runs, so that a build can wait for tasks of one that was killed."""
+    """Holds a shared lock while its process lives, so that a build can wait for one that was killed."""
 
     name = "🔒 Presence"
     type = "🔒 - LOCK"
@@ -251,8 +255,9 @@ class Presence(PipelineStep):
         self.file = file
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        self.held = os.fdopen(os.open(self.file, os.O_RDWR | os.O_CREAT), "rb")
-        fcntl.flock(self.held, fcntl.LOCK_SH)
+        if self.file not in _HELD:
+            _HELD[self.file] = os.open(self.file, os.O_RDWR | os.O_CREAT)
+            fcntl.lockf(_HELD[self.file], fcntl.LOCK_SH)
         return data
 
 
