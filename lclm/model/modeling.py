@@ -115,9 +115,10 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         memory_sizes: Tensor | None = None,
         num_latents: int | None = None,
     ) -> Tensor:
-        """Latents [M, K] of encoder rows (int64 [E, R]). num_latents: M; None counts memory_sizes."""
+        """Latents [M, K] of encoder rows (int64 [E, R]). num_latents: M; None: the sum of memory_sizes, at least 1."""
         if num_latents is None:
-            num_latents = int(memory_sizes.sum() if memory_sizes is not None else block_index.max() + 1)
+            known = memory_sizes.sum() if memory_sizes is not None else block_index.max() + 1
+            num_latents = max(int(known), 1)
         if encoder_input_ids.shape[0] == 0:
             return self.adapter.fc2.weight.new_zeros(num_latents, self.config.decoder_config.hidden_size)
         pooled = self._rows(
@@ -142,10 +143,9 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         **_: Any,
     ) -> list[Tensor]:
         """Latents of each memory, a list of [M, K] in order of appearance. Other inputs are ignored."""
-        latents = self.encode(
-            encoder_input_ids, encoder_position_ids, encoder_window_ids, block_index, memory_sizes
-        )
-        return list(latents.split(memory_sizes.tolist()))
+        sizes = [size for size in memory_sizes.tolist() if size]
+        arrays = (encoder_input_ids, encoder_position_ids, encoder_window_ids, block_index)
+        return list(self.encode(*arrays, memory_sizes)[: sum(sizes)].split(sizes)) if sizes else []
 
     def embed(self, input_ids: Tensor, latent_index: Tensor | None, latents: Tensor | None) -> Tensor:
         """The decoder's input [B, D, K]: token embeddings, brackets, and latents in their slots."""

@@ -52,6 +52,9 @@ IDS = {
 }
 
 
+ENCODERS["tied"] = DECODER
+
+
 def _config(encoder="qwen3", attention="sdpa", decoder=None, **options):
     settings = {"ratio": 4, "window": 16, **IDS, **options}
     config = LCLMConfig(encoder_config=ENCODERS[encoder], decoder_config=decoder or DECODER, **settings)
@@ -87,7 +90,9 @@ def _examples(draw, ratios=(None,), most=5):
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     text = st.tuples(st.sampled_from(["text", "loss"]), st.integers(1, 9))
     memory = st.tuples(st.just("memory"), st.integers(1, 41), st.sampled_from(ratios))
-    structures = draw(st.lists(st.lists(st.one_of(text, memory), min_size=1, max_size=4), min_size=1, max_size=most))
+    structures = draw(
+        st.lists(st.lists(st.one_of(text, memory), min_size=1, max_size=4), min_size=1, max_size=most)
+    )
     return [_example(structure, rng) for structure in structures]
 
 

@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 
 TOLERANCE = 1e-5
 CHOICES = [
-    *[{"pooling": p, "encoder_attention": a, "encoder": e} for p, a, e in itertools.product(
-        ("mean", "concat", "eos"), ("causal", "bidirectional"), ("qwen3", "bert"))],
-    *[{"adapter": adapter, "encoder_attention": a} for adapter, a in itertools.product(
-        ("attn_mlp", "mlp_attn"), ("causal", "bidirectional"))],
+    *[
+        {"pooling": p, "encoder_attention": a, "encoder": e}
+        for p, a, e in itertools.product(
+            ("mean", "concat", "eos"), ("causal", "bidirectional"), ("qwen3", "bert")
+        )
+    ],
+    *[
+        {"adapter": adapter, "encoder_attention": a}
+        for adapter, a in itertools.product(("attn_mlp", "mlp_attn"), ("causal", "bidirectional"))
+    ],
     {"overlap": 4},
     {"overlap": 4, "encoder_attention": "bidirectional"},
     {"overlap": 5, "pooling": "eos"},
@@ -80,7 +86,9 @@ def test_attention_implementations_agree(tiny, rng):
     example = tiny.example([("text", 5), ("memory", 37), ("text", 4), ("memory", 5), ("text", 2)], rng)
     for attention, encoder in itertools.product(("causal", "bidirectional"), ("qwen3", "bert")):
         one, other = (
-            example_logits(tiny.model(encoder=encoder, encoder_attention=attention, attention=name), [[example]], tiny)
+            example_logits(
+                tiny.model(encoder=encoder, encoder_attention=attention, attention=name), [[example]], tiny
+            )
             for name in IMPLEMENTATIONS
         )
         assert (one[0] - other[0]).abs().max() <= TOLERANCE
