@@ -30,8 +30,8 @@ if "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     grep -v '^torch==' constraints.txt > "$constraints"
 else
     echo "setup: installing torch"
-    "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' constraints.txt)"
+    "$venv/bin/python" -m pip install --quiet --quiet "$(grep '^torch==' constraints.txt)"
 fi
 echo "setup: installing lclm and what it needs (a few minutes the first time)"
-"$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable '.[test]'
+"$venv/bin/python" -m pip install --quiet --quiet --constraint "$constraints" --editable '.[test]'
 echo "setup: done; \`source $venv/bin/activate\` makes the lclm command available"

@@ -314,7 +314,7 @@ def data_tokenizer(
 
 
 def no_loading_bars(*sources: str | None) -> None:
-    """Switch off transformers' bars for loading and saving, unless something is to be fetched from the hub."""
+    """Switch off bars for loading and saving weights, unless some are to be fetched from the hub."""
     if all(source is None or source.startswith("package:") or Path(source).exists() for source in sources):
         from transformers.utils.logging import disable_progress_bar
 
