@@ -54,6 +54,7 @@ def draw_all(record: RunRecord) -> list[Plot]:
         ("validation", "training", lambda r: losses(r, "validation")),
         ("speed", "training", speed),
         ("step_time", "training", step_time),
+        ("step_shares", "training", step_shares),
         ("rates", "training", learning_rates),
         ("grad_norm", "training", grad_norms),
         ("waste", "training", waste),
@@ -136,13 +137,13 @@ def _runs(steps: np.ndarray, values: np.ndarray) -> list[tuple[np.ndarray, np.nd
 
 
 def _curve(
-    axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str | None, *, width: int, faint: bool
+    axes: Axes, x: np.ndarray, y: np.ndarray, style: dict[str, Any], *, width: int, faint: bool
 ) -> None:
     """One line, a running mean over `width` points to either side, over its faint raw values if `faint`."""
     if width > 1 and faint:
-        axes.plot(*_thin(x, y), color=colour, alpha=0.18, linewidth=0.8)
+        axes.plot(*_thin(x, y), color=style["color"], alpha=0.18, linewidth=0.8)
     marker = "o" if width < 2 and len(x) < 30 else None
-    axes.plot(*_thin(x, _smooth(y, width)), color=colour, label=label, marker=marker, markersize=3)
+    axes.plot(*_thin(x, _smooth(y, width)), marker=marker, markersize=3, **style)
 
 
 def _lines(
@@ -154,9 +155,10 @@ def _lines(
     log: bool = False,
     smooth: bool = False,
     scale: float = 1.0,
+    words: dict[str, str] | None = None,
 ) -> tuple[Figure, Axes] | None:
-    """One line per key of the figure `path`, smoothed over its faint raw values if asked."""
-    names = record.names(kind, path)
+    """One line per key of the figure `path` (those of `words` only, under these words, if given)."""
+    names = [name for name in record.names(kind, path) if words is None or name in words]
     figure, (axes,) = _axes()
     drawn = False
     for place, name in enumerate(names):
@@ -164,10 +166,13 @@ def _lines(
         if not len(steps):
             continue
         drawn = True
-        colour = COLOURS.get(name, CYCLE[place % len(CYCLE)])
+        component, _, variant = name.partition(".")
+        style = {"color": COLOURS.get(component, CYCLE[place % len(CYCLE)])}
+        style["linestyle"] = {"muon": "--", "plain": ":"}.get(variant, "-")
         for part, (x, y) in enumerate(_runs(steps, values * scale)):
+            text = None if part else (words or {}).get(name, name)
             width = len(steps) // 30 if smooth else 0
-            _curve(axes, x, y, colour, name if part == 0 else None, width=width, faint=len(names) < 5)
+            _curve(axes, x, y, style | {"label": text}, width=width, faint=len(names) < 5)
     if not drawn:
         return None
     if log:
@@ -220,7 +225,8 @@ def _named(record: RunRecord, names: dict[str, str], label: str, scale: float = 
         steps, values = record.series("train", name)
         if len(steps):
             drawn = True
-            _curve(axes, steps, values * scale, CYCLE[place], text, width=len(steps) // 30, faint=True)
+            style = {"color": CYCLE[place], "label": text}
+            _curve(axes, steps, values * scale, style, width=len(steps) // 30, faint=True)
     if not drawn:
         return None
     axes.set_ylabel(label)
@@ -245,10 +251,19 @@ def speed(record: RunRecord) -> tuple[Figure, str] | None:
 
 
 def step_time(record: RunRecord) -> tuple[Figure, str] | None:
-    """Share of the step spent waiting for data and outside the model."""
-    names = {"data_wait": "waiting for data", "overhead": "outside the model's\nforward and backward"}
-    figure = _named(record, names, "% of the step's time", 100)
-    return (figure, "Time of a step that no computation of the model uses.") if figure else None
+    """Seconds a step takes."""
+    figure = _named(record, {"step_seconds": "one step"}, "milliseconds", 1e3)
+    return (figure, "Time of one optimizer step.") if figure else None
+
+
+def step_shares(record: RunRecord) -> tuple[Figure, str] | None:
+    """Shares of the step beside forward and backward passes."""
+    words = {"data": "waiting for data", "update": "optimizer step", "other": "everything else"}
+    drawn = _lines(record, "train", "time", "% of the step", smooth=True, scale=100, words=words)
+    if drawn is None:
+        return None
+    drawn[1].set_ylim(bottom=0)
+    return drawn[0], "Time of a step beside the forward and backward passes of the model."
 
 
 def device(record: RunRecord) -> tuple[Figure, str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-METRICS = "metrics.jsonl"
+from lclm.checkpoint import RunFolder
 
 
 @dataclass
@@ -34,6 +34,7 @@ class RunRecord:
     lines: dict[str, list[dict]]
     damaged: int = 0
     recipe: dict[str, Any] = field(default_factory=dict)
+    requested: dict[str, Any] = field(default_factory=dict)  # the recipe before step counts were fitted
     provenance: dict[str, Any] = field(default_factory=dict)
     datasets: list[dict[str, Any]] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -111,22 +112,25 @@ class RunRecord:
 def _rate(settings: Any) -> str:
     if not isinstance(settings, dict) or not isinstance(settings.get("lr"), (int, float)):
         return ""
-    optimizer = f" {settings['optimizer']}" if settings.get("optimizer", "adamw") != "adamw" else ""
-    return f"{settings['lr']:g}{optimizer}{' LoRA' if settings.get('lora') else ''}"
+    muon = settings.get("muon") or {}
+    words = f" (Muon {muon['lr']:g})" if isinstance(muon.get("lr"), (int, float)) else ""
+    return f"{settings['lr']:g}{words}{' LoRA' if settings.get('lora') else ''}"
 
 
 def read_run(folder: str | Path) -> RunRecord:
     """Read a run folder; only a folder without metrics is an error (ValueError)."""
     folder = Path(folder)
-    path = folder / METRICS
+    run = RunFolder(folder)
+    path = run.metrics
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no run folder: it has no {METRICS}; give the `run_dir` of a recipe that has run"
+            f"{folder} is no run folder: it has no {path.name}; give the `run_dir` of a recipe that has run"
         )
     lines, damaged = _read_lines(path)
     record = RunRecord(folder, lines, damaged)
-    record.recipe = _read_yaml(folder / "recipe.yaml")
-    record.provenance = _read_provenance(folder)
+    record.recipe = _read_yaml(run.recipe)
+    record.requested = _read_yaml(run.requested)
+    record.provenance = _read_json(run.provenance)
     record.datasets = _read_datasets(record.recipe)
     for what, there in {
         "training metrics": lines.get("train"),
@@ -175,10 +179,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
-
-
-def _read_provenance(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "provenance.json")
 
 
 def _read_datasets(recipe: dict[str, Any]) -> list[dict[str, Any]]:

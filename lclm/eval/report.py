@@ -19,6 +19,17 @@ from lclm.eval.verdict import MET, MISSED, SIGN, UNKNOWN, Verdict, verdicts
 FOLDER = "report"
 STAGE_HEAD = ("stage", "learns (rate)", "steps", "time", "training loss at its end", "state")
 DATA_HEAD = ("use", "data set", "kind", "samples", "text", "source and licence", "fingerprint")
+PACKAGES = {
+    "lclm",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "webdataset",
+    "datatrove",
+    "omegaconf",
+    "numpy",
+    "peft",
+}
 MARKS = {MET: "met", SIGN: "part", MISSED: "missed", UNKNOWN: "quiet"}
 
 
@@ -104,7 +115,7 @@ def _facts(record: RunRecord, plots: list[Plot]) -> dict[str, Any]:
         "stages": _stage_rows(record),
         "data_head": DATA_HEAD,
         "datasets": [_dataset_row(manifest) for manifest in record.datasets],
-        "provenance": list(_flat(record.provenance)),
+        "provenance": _provenance(record.provenance),
         "absent": record.absent,
     }
 
@@ -128,18 +139,16 @@ def _notes(record: RunRecord) -> list[str]:
     if resumed:
         steps = ", ".join(f"{line['step']:,}" for line in resumed[:12])
         notes.append(f"Restarted {len(resumed)} time{'s' if len(resumed) > 1 else ''}, after step {steps}.")
-    for line in record.events("fit"):
-        figures = {
-            name: line[name]
-            for name in ("factor", "step_seconds")
-            if isinstance(line.get(name), (int, float))
-        }
-        words = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
-        notes.append(f"Step counts were fitted to the time allowed ({words}).")
+    notes += _fitted(record)
     skips = record.events("skip")
     if skips:
         reasons = sorted({str(line.get("reason", "unknown")) for line in skips})
-        notes.append(f"{len(skips)} steps were skipped: {'; '.join(reasons)}.")
+        notes.append(f"{len(skips)} steps were skipped for not being finite: {' and '.join(reasons)}.")
+    dropped = (record.lines.get("train") or [{}])[-1].get("dropped")
+    if dropped:
+        notes.append(
+            "Data left out: " + ", ".join(f"{count:,} ({why})" for why, count in dropped.items()) + "."
+        )
     if record.damaged:
         notes.append(
             f"{record.damaged} lines of metrics.jsonl could not be read (a killed run may leave one)."
@@ -158,6 +167,21 @@ def _notes(record: RunRecord) -> list[str]:
     if len(memory):
         notes.append(f"Peak memory of the main process: {memory.max():.2f} GiB.")
     return notes
+
+
+def _fitted(record: RunRecord) -> list[str]:
+    """What fitting to a time limit made of the step counts."""
+    asked, ran = record.requested.get("stages") or {}, record.recipe.get("stages") or {}
+    changes = []
+    for name, stage in ran.items():
+        before = asked.get(name)
+        if isinstance(stage, dict) and isinstance(before, dict):
+            changes += [
+                f"{name} {stage[unit]:,} of {before[unit]:,} {unit}"
+                for unit in ("steps", "tokens")
+                if before.get(unit) and stage.get(unit) and stage[unit] != before[unit]
+            ]
+    return [f"Budgets were fitted to the time allowed: {', '.join(changes)}."] if changes else []
 
 
 def _verdict_row(row: Verdict) -> dict[str, Any]:
@@ -209,6 +233,19 @@ def _dataset_row(manifest: dict[str, Any]) -> list[str]:
         f"{manifest.get('text_bytes', 0) / 1e6:,.2f} MB", "; ".join(sources) or "not noted",
         str(manifest.get("fingerprint", "–"))[:12],
     ]  # fmt: skip
+
+
+def _provenance(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Provenance as rows: the versions that matter most, the size of a diff, the rest as it is."""
+    shown = dict(provenance)
+    if isinstance(versions := shown.get("versions"), dict):
+        shown["versions"] = {name: version for name, version in versions.items() if name.lower() in PACKAGES}
+        if rest := len(versions) - len(shown["versions"]):
+            shown["versions"]["others"] = f"{rest} more in provenance.json"
+    if isinstance(diff := shown.get("diff"), str):
+        lines = len(diff.splitlines())
+        shown["diff"] = f"{lines:,} lines uncommitted, in provenance.json" if lines else "nothing uncommitted"
+    return _flat(shown)
 
 
 def _flat(value: dict[str, Any], before: str = "") -> list[tuple[str, str]]:

@@ -69,7 +69,7 @@ def _reconstruction(row: dict, aims: dict) -> Verdict:
     value = row["accuracy"]["compressed"]
     other = row["accuracy"].get("shuffled")
     better = f"{other['mean']:.3f} with another document's latents" if other else ""
-    gain = row.get("gain") or {"mean": None, "low": None, "high": None}
+    gain = row.get("gain") or value
     return _row(
         "Reconstruction: tokens right", row, f"{row['context_tokens']} tokens", value, "share",
         _least(least, "more than with another document's latents"), _judge(value, gain, least), better,
@@ -90,25 +90,25 @@ def _digits(row: dict, aims: dict) -> Verdict:
 def _continuation(row: dict, aims: dict) -> list[Verdict]:
     where = f"{row['context_tokens']} tokens"
     saved, least = row["saved"], _aim(aims, "recovered", row["ratio"])
+    own = row.get("own") or saved["compressed"]  # against another document's latents, where there are any
     loss = row["loss"]
     rows = [
         _row(
             "Continuation: loss saved by the compressed context", row, where, saved["compressed"],
-            "nats per token", "> 0", _judge(saved["compressed"], saved["compressed"], None),
+            "nats per token", "> 0", _judge(saved["compressed"], own, None),
             f"{saved['uncompressed']['mean']:.3f} saved by the uncompressed one, "
             f"from {loss['none']['mean']:.3f} with none",
         ),
         _row(
             "Continuation: share of the uncompressed context's saving", row, where,
             row["recovered"]["compressed"], "share", _least(least, "> 0"),
-            _judge(row["recovered"]["compressed"], saved["compressed"], least),
+            _judge(row["recovered"]["compressed"], own, least),
         ),
     ]  # fmt: skip
     if "shuffled" not in saved:
         return rows
     value = saved["shuffled"]
     status = UNKNOWN if value["low"] is None else (MET if value["low"] <= 0 else MISSED)
-    own = row["own"]
     rows.append(
         _row(
             "Continuation: loss saved by another document's latents", row, where, value, "nats per token",

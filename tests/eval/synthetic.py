@@ -86,7 +86,8 @@ def _train(step: int, stage: str, rng: np.random.Generator) -> dict[str, Any]:
         "step_seconds": 0.17, "source_tokens_per_second": float(rng.uniform(2.6e4, 3e4)),
         "positions_per_second": float(rng.uniform(1.1e4, 1.3e4)), "mfu": float(rng.uniform(0.3, 0.4)),
         "waste": {"positions": 0.02, "rows": float(rng.uniform(0.03, 0.08)), "latents": 0.3},
-        "data_wait": float(rng.uniform(0, 0.02)), "overhead": float(rng.uniform(0.03, 0.06)),
+        "time": {"data": 0.01, "model": 0.9, "update": float(rng.uniform(0.04, 0.06)), "other": 0.03},
+        "dropped": {"chat: over budget": step},
         "memory_gib": 0.9, "skipped": 0,
     }  # fmt: skip
 
@@ -105,7 +106,6 @@ def write_run(
         lines.append({**head, "seconds": 0.17 * step, "source_tokens": 5000 * step, **figures})
 
     add("event", "scratch", 0, event="start")
-    add("event", "scratch", 0, event="fit", factor=0.8, step_seconds=0.17)
     for stage, steps in STAGES.items():
         if step >= upto:
             break
@@ -137,7 +137,11 @@ def write_recipe(folder: Path, data: Path) -> None:
         stages[name] = {"learn": {component: {"lr": 3e-3} for component in components}, "steps": STAGES[name]}
     recipe = {"name": "made-up", "stages": stages, "data": {"sources": {"documents": {"path": str(data)}}}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "provenance.json").write_text(json.dumps({"commit": "abc", "versions": {"torch": "2.13.0"}}))
+    requested = {**recipe, "stages": {**stages, "scratch": {**stages["scratch"], "steps": 4000}}}
+    (folder / "requested.yaml").write_text(yaml.safe_dump(requested))
+    (folder / "provenance.json").write_text(
+        json.dumps({"commit": "abc", "diff": "+a\n-b", "versions": {"torch": "2.13.0", "six": "1"}})
+    )
     data.mkdir(parents=True, exist_ok=True)
     manifest = {
         "schema": 1, "name": "stdlib", "kind": "documents", "samples": 1234, "text_bytes": 9_000_000,

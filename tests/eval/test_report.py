@@ -22,7 +22,7 @@ def test_a_whole_run(tmp_path):
     html = page.read_text()
     text = (run / "report.md").read_text()
     assert page.name == "report.html" and page.stat().st_size < 1_500_000
-    assert html.count("data:image/svg+xml;base64,") == len(list((run / "report").glob("*.svg"))) == 12
+    assert html.count("data:image/svg+xml;base64,") == len(list((run / "report").glob("*.svg"))) == 13
     assert not re.search(r'(src|href)="(?!data:)', html), "the page must stand alone"
     for path in re.findall(r"\]\((report/[^)]*)\)", text):
         assert (run / path).is_file()
@@ -31,6 +31,10 @@ def test_a_whole_run(tmp_path):
         "Restarted 2 times, after step 100, 220",
         "PSF-2.0",
         "versions.torch",
+        "1 more in",
+        "2 lines unc",
+        "scratch 400 of 4,000 steps",
+        "over budget",
         "≥ 0.85",
     ):
         assert words in html and words in text
@@ -106,6 +110,17 @@ def test_a_verdict_without_aims_asks_for_the_sign():
     assert {row.status for row in verdicts(probe(0.3, aims={}))} == {"met"}
     missed = {row.figure for row in verdicts(probe(0.0, aims={})) if row.status != "met"}
     assert len(missed) == 4
+
+
+def test_a_memory_that_helps_no_more_than_another_is_not_used():
+    result = probe(1.0)
+    for row in result["continuation"]:
+        row["own"] = {"mean": 0.001, "low": -0.001, "high": 0.003}
+    wrong = {row.figure for row in verdicts(result) if row.status == "not met"}
+    assert wrong == {
+        "Continuation: loss saved by the compressed context",
+        "Continuation: share of the uncompressed context's saving",
+    }
 
 
 def test_other_latents_that_help_are_not_what_is_wanted():
