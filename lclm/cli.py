@@ -263,10 +263,15 @@ def data_inspect(
       lclm data inspect recipes/tiny.yaml
       lclm data inspect recipes/tiny.yaml --task chat -n 3
     """
+    from rich.console import Console
+
     from lclm.data.inspect import inspect
     from lclm.recipe import load_recipe
 
-    inspect(load_recipe(recipe_path, overrides or []), task=task, samples=samples)
+    loaded = load_recipe(recipe_path, overrides or [])
+    console = Console(highlight=False)
+    for shown in inspect(loaded.data, **reading(loaded), task=task, samples=samples):
+        console.print(shown)
 
 
 @data.command("budget", short_help="Propose the shape of a pack.")
@@ -274,7 +279,7 @@ def data_budget(
     recipe_path: RecipePath,
     overrides: Overrides = None,
 ) -> None:
-    """Measure a recipe's mixture and propose the shape of a pack: encoder rows and latents for its positions.
+    """Measure how full packs get in each stage, and propose encoder rows and latents for their positions.
 
     \b
       lclm data budget recipes/tiny.yaml
@@ -283,7 +288,22 @@ def data_budget(
     from lclm.data.budget import budget
     from lclm.recipe import load_recipe
 
-    typer.echo(budget(load_recipe(recipe_path, overrides or [])))
+    loaded = load_recipe(recipe_path, overrides or [])
+    stages = {name: loaded.stage_data(name) for name in loaded.stages}
+    typer.echo(budget(loaded.data, **reading(loaded), stages=stages))
+
+
+def reading(loaded: Any) -> dict[str, Any]:
+    """How a recipe's model reads text: its tokenizers, geometry, ratios and the seed of the data's order."""
+    from lclm.model.build import build_config, build_processor
+
+    config = build_config(loaded.model)
+    return {
+        "tokenizer": build_processor(loaded.model).spans,
+        "geometry": config.geometry(),
+        "ratios": config.ratios,
+        "seed": loaded.seed,
+    }
 
 
 @data.command("tokenizer", short_help="Train a tokenizer on documents.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ class Recipe:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+
+    def stage_data(self, name: str) -> DataSettings:
+        """The `data` section with the mixture and pack of a stage in their place."""
+        stage = self.stages[name]
+        return replace(
+            self.data, mixture=stage.mixture or self.data.mixture, pack=stage.pack or self.data.pack
+        )
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
