@@ -99,16 +99,17 @@ def render(
     rendered = tokenizer.apply_chat_template(
         masked, tokenize=False, add_generation_prompt=add_generation_prompt, **(template_options or {})
     )
-    split = re.split(f"x{secret}x([0-9]{{6}})x", rendered)
-    found = [int(number) for number in split[1::2]]
-    if found != list(range(len(contents))) or secret in "".join(split[::2]):
+    first, *rest = rendered.split(f"x{secret}x")
+    between = [first, *(part[7:] for part in rest)]
+    found = [part[:7] for part in rest]
+    if found != [f"{number:06d}x" for number in range(len(contents))] or secret in "".join(between):
         raise ValueError(
             "the chat template alters, repeats, reorders or drops message content, so content cannot be kept "
             "apart from control tokens; use a template that writes each message's content once, as it is"
         )
-    pieces = [Piece("template", split[0])] if split[0] else []
+    pieces = [Piece("template", first)] if first else []
     for index, content in enumerate(contents):
         pieces.append(content)
-        if after := split[2 * index + 2]:
+        if after := between[index + 1]:
             pieces.append(Piece("template", after, loss=index in last_of_turn))
     return pieces

@@ -260,7 +260,7 @@ def _lay_out_encoder(memories: _Memories, geometry: Geometry, budget: int | None
         positions[row, offset:end] = np.arange(len(window.ids))
         window_ids[row, offset:end] = number
         blocks[row, offset:end] = window.blocks
-        ends[row] = end
+        ends[row] = max(ends[row], end)
     tail = np.arange(row_length) - ends[:, None]
     positions = np.where(tail >= 0, tail, positions)
     return {

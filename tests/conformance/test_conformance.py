@@ -1,4 +1,5 @@
-"""The released layout means what the reference implementation says: ids, latents, logits and greedy tokens."""
+"""The released layout means what the reference implementation says: ids, latents, logits and greedy
+tokens."""
 
 import json
 from pathlib import Path
@@ -55,7 +56,8 @@ def test_five_cases():
 
 @pytest.mark.parametrize("case", CASES)
 def test_prompts_through_the_chat_template_read_the_same(case):
-    """Structured parts give the same slots as the marks in a prompt; only merges across the joints may differ."""
+    """Structured parts give the same slots as the marks in a prompt; only merges across the joints may
+    differ."""
     processor = LCLMProcessor.from_pretrained(FIXTURES / case)
     for golden in json.loads((FIXTURES / case / "golden.json").read_text()):
         parts, rest = [], golden["prompt"]

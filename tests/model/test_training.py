@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import torch
 
 from lclm.model.build import COMPONENTS, components
 
