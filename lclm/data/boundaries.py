@@ -52,6 +52,8 @@ class Boundaries:
         if base <= tokens or not places:
             places.append(np.array([length]))
             counts.append(np.array([max(base, 1)]))
+        if len(places) == 1:
+            return places[0], counts[0]
         return np.concatenate(places), np.concatenate(counts)
 
     def rest(self, start: int, at_most: int) -> int:

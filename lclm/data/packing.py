@@ -304,15 +304,13 @@ class _Filling:
 
     def _may_add(self, entry: _Entry, cut: Cut) -> bool:
         """Whether an example fits, is due, and leaves positions and rows that others can fill together."""
-        if not self.room.fits(cut.size):
-            return False
-        if not self.examples:
-            return True
-        if self.due(entry) < cut.source_tokens / 2:
-            return False
-        positions = self.room.positions - cut.size.positions
-        rows = self.room.row_tokens - sum(cut.size.windows)
-        return rows <= self.highest * positions + SLACK * self.rows
+        if self.examples:
+            positions = self.room.positions - cut.size.positions
+            rows = self.room.row_tokens - sum(cut.size.windows)
+            uneven = rows > self.highest * positions + SLACK * self.rows
+            if uneven or self.due(entry) < cut.source_tokens / 2:
+                return False
+        return self.room.fits(cut.size)
 
     def _add_waiting(self, entry: _Entry, number: int) -> bool:
         item = entry.waiting.pop(number)

@@ -315,7 +315,10 @@ class Reconstruct(Task):
             chars = np.append(first, chars[chars <= end])
             begin = int(place * max(1, len(chars) - self.excerpt))
             first, last = int(chars[begin]), int(chars[min(begin + self.excerpt, len(chars) - 1)])
-        repetition = self.tokenizer.content.encode(document.text[first:last])
+        if document.same and not self.excerpt:
+            repetition = ids
+        else:
+            repetition = self.tokenizer.content.encode(document.text[first:last])
         if self.ending is not None:
             repetition = np.append(repetition, np.int32(self.ending))
         spans = [Span("memory", ids, ratio=ratio), *self.prompt, Span("text", repetition, loss=True)]
