@@ -26,19 +26,7 @@ def document(tmp_path: Path) -> Path:
 
 
 def test_an_answer_streams_and_says_what_was_read(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(
-        [
-            "generate",
-            CHECKPOINT,
-            "-m",
-            str(document),
-            "-p",
-            "What jumps?",
-            "--max-new-tokens",
-            "5",
-            "--no-memory",
-        ]
-    )
+    generate("-m", str(document), "-p", "What jumps?", "--max-new-tokens", "5", "--no-memory")
     shown = capsys.readouterr()
     assert shown.out.strip()
     assert "latents and" in shown.err and "without the documents:" in shown.err
