@@ -70,7 +70,6 @@ class Processes:
 
 def start_processes(settings: EngineSettings) -> Processes:
     """Join the processes that torchrun (or another launcher) started; alone without its environment."""
-    quiet()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if "OMP_NUM_THREADS" in os.environ:
@@ -89,11 +88,23 @@ def start_processes(settings: EngineSettings) -> Processes:
     return Processes(rank, size, device)
 
 
-def quiet() -> None:
-    """DeepSpeed logs every construction; keep its warnings and errors only."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def import_deepspeed() -> Any:
+    """DeepSpeed, told to keep quiet and, on a CPU, to compile nothing.
+
+    On a CPU it would compile a shared-memory all-reduce that training does not use when processes start: minutes
+    of g++, and a lock that a process killed meanwhile leaves behind, at which all later ones wait for ever.
+    """
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="deepspeed")
+    import deepspeed
+    import deepspeed.ops
+
+    if not cuda:
+        deepspeed.ops.__compatible_ops__ = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
 
 
 def deepspeed_config(
@@ -151,9 +162,7 @@ class Engine:
         **config: Any,
     ) -> None:
         """`config` is what `deepspeed_config` takes beside the settings. Raises ValueError where Muon meets ZeRO."""
-        import deepspeed
-
-        quiet()
+        deepspeed = import_deepspeed()
         self.zero, self.bf16 = config["zero"], settings.precision == "bf16"
         if self.zero and any(group["kind"] == "muon" for group in groups):
             raise ValueError(
