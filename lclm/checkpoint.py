@@ -1,4 +1,4 @@
-"""The layout of a run folder and of its checkpoints; writing them so that each is whole or absent; verification.
+"""The layout of a run folder and of its checkpoints; writing each whole or not at all; verification.
 
 RUN/
   recipe.yaml          the resolved recipe, budgets fitted      requested.yaml   the same before fitting
@@ -6,8 +6,8 @@ RUN/
   stages/01-NAME/      checkpoints/step-00000123/ (engine/, state.json, checksums.json), export/, done.json
   export/              the trained model and processor
 
-A folder is written under a temporary name and renamed when its last file is there: whatever has its final name
-is whole. `checksums.json` lists the other files of a checkpoint with size and SHA-256. Knows only `lclm.model`.
+A folder is written under a temporary name and renamed when its last file is there: whatever has its final
+name is whole. `checksums.json` lists the other files of a checkpoint with size and SHA-256.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ def cannot_write(path: Path, reason: str) -> ValueError:
     folder = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(folder).free / 2**20
     return ValueError(
-        f"could not write {path}: {reason}. {free:,.0f} MiB are free on that disk; nothing half-written was kept. "
-        "Free some space (or lower train.keep) and run the same command again: it goes on from the last checkpoint"
+        f"could not write {path}: {reason}. {free:,.0f} MiB are free there; nothing half-written was kept. "
+        "Free some space (or lower train.keep) and run the same command again: it goes on where it can"
     )
 
 

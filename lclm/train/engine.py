@@ -91,7 +91,7 @@ def start_processes(settings: EngineSettings) -> Processes:
 def import_deepspeed() -> Any:
     """DeepSpeed, told to keep quiet and, on a CPU, to compile nothing.
 
-    On a CPU it would compile a shared-memory all-reduce that training does not use when processes start: minutes
+    On a CPU it would compile a shared-memory all-reduce, which training does not use, at its start: minutes
     of g++, and a lock that a process killed meanwhile leaves behind, at which all later ones wait for ever.
     """
     cuda = torch.cuda.is_available()
@@ -161,13 +161,13 @@ class Engine:
         processes: Processes,
         **config: Any,
     ) -> None:
-        """`config` is what `deepspeed_config` takes beside the settings. Raises ValueError where Muon meets ZeRO."""
+        """`config` is what `deepspeed_config` takes beside the settings. ValueError where Muon meets ZeRO."""
         deepspeed = import_deepspeed()
         self.zero, self.bf16 = config["zero"], settings.precision == "bf16"
         if self.zero and any(group["kind"] == "muon" for group in groups):
             raise ValueError(
-                f"Muon needs whole matrices and ZeRO {self.zero} cuts them; set engine.zero=0 (or the stage's "
-                "`zero: 0`), or leave `muon` out of the stage's components"
+                f"Muon needs whole matrices and ZeRO {self.zero} cuts them; set engine.zero=0 (or the "
+                "stage's `zero: 0`), or leave `muon` out of the stage's components"
             )
         self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         elements = sum(parameter.numel() for group in groups for parameter in group["params"])
@@ -190,7 +190,7 @@ class Engine:
 
     @torch.no_grad()
     def _set_masters(self, start: dict[str, torch.Tensor]) -> None:
-        """In bf16 the engine makes its fp32 masters from weights that were rounded already; give them back."""
+        """In bf16 the engine makes its fp32 masters from rounded weights; give them what was rounded off."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self.model.named_parameters():
@@ -255,7 +255,7 @@ class Engine:
         return state
 
     def learned_weights(self) -> dict[str, torch.Tensor]:
-        """{name: fp32 tensor on the CPU} of all weights that learn, whole. Collective; {} but on the main process."""
+        """{name: whole fp32 tensor on the CPU} of what learns; {} but on the main process. Collective."""
         masters: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:

@@ -44,7 +44,7 @@ class Feed:
         self._loader = Loader(self._data, self._tokenizer, cursor=state, **self._options)
 
     def next_step(self, clock: Clock) -> Step:
-        """The process's micro-batches of the next step; they may be empty when the data's epochs are used up."""
+        """The process's micro-batches of the next step; they are empty when the data's epochs are used up."""
         assert self._loader is not None, "go_to comes first"
         clock.start()
         step = next(self._loader)
@@ -144,14 +144,14 @@ class Tally:
 
     @property
     def task_losses(self) -> dict[str, tuple[float, float]]:
-        """{task: (nats, loss-bearing tokens)} of the global batch; "" where the kernel tells no tokens apart."""
+        """{task: (nats, loss-bearing tokens)} of the global batch; "" where the kernel gives only a sum."""
         if self._sums[-1]:
             return {"": (self._sums[-1], self.loss_tokens)}
         pairs = zip(self._sums, self.task_tokens, strict=False)
         return {name: pair for name, pair in zip(self.names, pairs, strict=True) if pair[1]}
 
     def add_losses(self, batch: Batch, output: Any, items: float) -> bool:
-        """Count a micro-batch's losses (its loss is a sum over `items`); whether every process's is finite."""
+        """Count a micro-batch's losses (its loss is a sum over `items`); whether all are finite."""
         vector = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=self._processes.device)
         loss = output.loss.detach()
         if output.token_losses is None:

@@ -29,7 +29,8 @@ def fit_budgets(recipe: Any, processes: Processes) -> Any:
     factor = min(1.0, minutes * 60 / total)
     if processes.main:
         print(
-            f"{total / 60:.1f} minutes of steps as asked for, {minutes:g} to fit in: budgets times {factor:.3f}",
+            f"{total / 60:.1f} minutes of steps were asked for, {minutes:g} are to be used: "
+            f"budgets times {factor:.3f}",
             flush=True,
         )
     return scaled(recipe, factor)

@@ -1,4 +1,4 @@
-"""The guard: non-finite losses and gradients are found on all processes together and never reach the weights."""
+"""The guard: no non-finite loss or gradient, on whichever process, ever reaches the weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NAMED_KEYS = 20
 class Guard:
     """Watches one engine through its stage.
 
-    A non-finite loss anywhere turns the step's gradients non-finite everywhere. Non-finite gradients (or a norm
-    that overflows) make DeepSpeed leave out the step at ZeRO 1 to 3 and in bf16; at ZeRO 0 in fp32, where it
-    would not, the guard drops the gradients itself. Weights and moments stay as they are, bit for bit.
+    A non-finite loss anywhere turns the step's gradients non-finite everywhere. Non-finite gradients (or a
+    norm that overflows) make DeepSpeed leave out the step at ZeRO 1 to 3 and in bf16. At ZeRO 0 in fp32 it
+    would not: there the guard drops the gradients. Weights and moments stay as they are, bit for bit.
     """
 
     def __init__(self, engine: Engine, clip: float, max_in_a_row: int) -> None:
@@ -30,11 +30,11 @@ class Guard:
         engine.base.register_step_pre_hook(self._before_update)
 
     def loss(self, loss: torch.Tensor, others_finite: bool) -> torch.Tensor:
-        """The loss to go backward from: `loss`, or one whose gradients are not finite if any process's was not."""
+        """The loss to go backward from: `loss`, or one with nan gradients if any process's is not finite."""
         return loss if others_finite else loss * float("nan")
 
     def before_step(self) -> None:
-        """To be called between a step's last backward pass and the engine's step: clips, or drops gradients."""
+        """Called between a step's last backward pass and the engine's step: clips or drops gradients."""
         if not self._own:
             return
         self._squares = {}
@@ -67,9 +67,9 @@ class Guard:
             blamed = [key for part in self.engine.processes.gather(list(keys)) for key in part]
             more = f" and {len(blamed) - NAMED_KEYS} more" if len(blamed) > NAMED_KEYS else ""
             raise ValueError(
-                f"{self.in_a_row} steps in a row were left out because of a non-finite {reason}; samples of the "
-                f"last one: {', '.join(blamed[:NAMED_KEYS])}{more}. Look at them with `lclm data inspect`, lower "
-                "the learning rate, or raise train.max_skips_in_a_row"
+                f"{self.in_a_row} steps in a row were left out because of a non-finite {reason}; samples of "
+                f"the last one: {', '.join(blamed[:NAMED_KEYS])}{more}. Look at them with `lclm data "
+                "inspect`, lower the learning rate, or raise train.max_skips_in_a_row"
             )
         return True
 

@@ -21,8 +21,8 @@ and, by kind (a figure that could not be measured is left out):
         step_seconds, source_tokens_per_second (before compression), positions_per_second (after it)
         mfu          share of `train.peak_tflops`, or of the measured matrix-multiplication rate
         waste        {"positions"|"rows"|"latents": padded share of the pack's budget}
-        time         shares of the time: {"data": waiting for data, "model": forward and backward passes, "update":
-                     the engine's step, "other": the rest}
+        time         shares of the time: {"data": waiting for data, "model": forward and backward passes,
+                     "update": the engine's step, "other": the rest}
         memory_gib   peak memory of the main process (device memory on CUDA)
         skipped      steps left out so far because of a non-finite loss or gradient
         dropped      {"task: reason": samples left out or shortened so far}
@@ -31,8 +31,8 @@ and, by kind (a figure that could not be measured is left out):
     event            event: "start" | "resume" | "stage_start" | "stage_end" | "skip" | "checkpoint" | "fit" |
                      "done", and figures of its own (skip: reason, keys; fit: factor, step_seconds; ...)
 
-On resume the lines after the checkpoint's step are cut off, so a step appears once. TensorBoard holds the same
-figures under `<kind>/<name>` and `<kind>/<name>/<key>`.
+On resume the lines after the checkpoint's step are cut off, so a step appears once. TensorBoard holds the
+same figures under `<kind>/<name>` and `<kind>/<name>/<key>`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Recorder:
     def __init__(
         self, path: Path, tensorboard: Path, *, main: bool, keep_bytes: int | None, step: int
     ) -> None:
-        """`keep_bytes` of an older file stay (None: all of it); TensorBoard forgets what came after `step`."""
+        """`keep_bytes` of an older file stay (None: all); TensorBoard forgets what came after `step`."""
         self._file: Any = None
         self._board: Any = None
         if not main:
@@ -152,7 +152,10 @@ class Progress:
     """Seconds between plain lines at least."""
 
     def __init__(self, *, main: bool) -> None:
-        self._main, self._bar, self._task, self._said = main, None, None, 0.0
+        self._main, self._said = main, 0.0
+        self._bar: Any = None
+        self._task: Any = None
+        self._name, self._total = "", 0
         if main and sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
@@ -221,10 +224,10 @@ def matmul_flops(device: torch.device, seconds: float = 0.1) -> float:
 
 
 def step_flops(model: Any) -> dict[str, float]:
-    """{"rows" | "latents" | "positions" | "loss_tokens": floating-point operations of training on one of them}.
+    """{"rows" | "latents" | "positions" | "loss_tokens": floating-point operations of training on one}.
 
-    Two per weight of a matrix forward, two more where gradients pass through it, two more where it learns. The
-    attention's own products are left out.
+    Two per weight of a matrix forward, two more where gradients pass through it, two more where it learns.
+    The attention's own products are left out.
     """
     from lclm.model.build import components
 

@@ -22,7 +22,7 @@ MAY_CHANGE = (
 
 @dataclass
 class Run:
-    """An opened run: its folder, its recipe with fitted budgets, and an identity that its checkpoints carry."""
+    """An opened run: its folder, its recipe with fitted budgets, an identity that its checkpoints carry."""
 
     folder: RunFolder
     recipe: Any
@@ -77,8 +77,8 @@ def _changed_data(before: dict[str, str], now: dict[str, str], folder: RunFolder
     if not changed:
         return None
     return (
-        f"{folder.path}: the data changed since this run began (data.{', data.'.join(changed)}); restore them, "
-        "or start a new run with another run_dir"
+        f"{folder.path}: the data changed since this run began (data.{', data.'.join(changed)}); restore "
+        "them, or start a new run with another run_dir"
     )
 
 

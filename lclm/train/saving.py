@@ -93,7 +93,7 @@ class Identity:
             raise ValueError(f"{path} belongs to another run; remove it, or give this run another run_dir")
         if theirs["frozen"] != self.frozen:
             raise ValueError(
-                f"{path}: the frozen weights that this stage starts from are not those that it was trained on; "
+                f"{path}: the frozen weights that this stage starts from are not those it was trained on; "
                 "restore the files that `model` names, or the export of the stage before"
             )
         for name in ("zero", "precision"):
@@ -150,7 +150,7 @@ def _together(processes: Processes, final: Path, act: Any) -> None:
 
 
 def newest_checkpoint(folder: StageFolder, processes: Processes, say: Any) -> Path | None:
-    """The newest checkpoint whose files are what was written. Collective; damaged ones are named and passed by."""
+    """The newest checkpoint whose files are what was written; damaged ones are named. Collective."""
     processes.barrier()
     for path in folder.candidates():
         found = [text for text in processes.gather(damage(path, processes.rank, processes.size)) if text]

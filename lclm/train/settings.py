@@ -1,4 +1,4 @@
-"""The recipe's `stages:`, `engine:` and `train:` sections. No torch here, so that reading a recipe stays light."""
+"""The recipe's `stages:`, `engine:` and `train:` sections. No torch here: reading a recipe stays light."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from lclm.data.settings import PackSettings
 
 COMPONENTS = ("encoder", "adapter", "decoder", "brackets")
-"""What a stage may train: brackets are the rows of the two memory marks; tied weights belong to the decoder."""
+"""What a stage may train. Brackets: the rows of the two memory marks. Tied weights belong to the decoder."""
 
 
 @dataclass
 class MuonSettings:
-    """Muon for the matrices of a component's blocks; embeddings, norms and biases stay with AdamW. ZeRO 0 only.
+    """Muon for the matrices of a component's blocks; embeddings, norms, biases stay with AdamW. ZeRO 0 only.
 
     `ns_steps` Newton-Schulz iterations orthogonalise the update; fewer are cheaper and less exact.
     """
@@ -28,7 +28,7 @@ class LoraSettings:
     """LoRA through PEFT: the component's own weights freeze and low-rank additions learn instead."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,7 +57,7 @@ class ComponentSettings:
 
 @dataclass
 class ScheduleSettings:
-    """Learning rate over a stage: linear warm-up times `kind`, down to `min_lr` over the last `decay_share`."""
+    """Rate over a stage: a linear warm-up times `kind`, falling to `min_lr` over the last `decay_share`."""
 
     kind: str = "cosine"  # cosine | linear | constant
     warmup_steps: int = 0
@@ -75,7 +75,7 @@ class ScheduleSettings:
 
 @dataclass
 class StageSettings:
-    """One phase of training. Give `steps` or `tokens` (source tokens before compression, all ranks), not both."""
+    """One phase of training, so many `steps` or so many `tokens` (source tokens of all processes) long."""
 
     learn: dict[str, ComponentSettings] = field(default_factory=dict)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)

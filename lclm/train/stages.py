@@ -1,4 +1,4 @@
-"""What a stage does to the model: its start, freezing, LoRA, activation checkpointing, the engine around it."""
+"""What a stage does to a model: its start, freezing, LoRA, activation checkpointing, the engine around it."""
 
 from __future__ import annotations
 

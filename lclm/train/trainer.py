@@ -122,7 +122,7 @@ class StageTrainer:
         watcher.saved()
 
     def finish(self, watcher: Watcher) -> None:
-        """Write the stage's export in the master weights' precision and mark the stage as done. Collective."""
+        """Write the stage's export, in the master weights' precision, and mark it as done. Collective."""
         self._complete_state(watcher)
         error, weights = None, self.stepper.engine.learned_weights()
         if self.processes.main:

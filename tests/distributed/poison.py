@@ -1,4 +1,4 @@
-"""Run by torchrun: one process's loss or gradients are poisoned; all leave out the step and change nothing."""
+"""Run by torchrun: one process's gradients are poisoned; all leave out the step and change nothing."""
 
 from __future__ import annotations
 

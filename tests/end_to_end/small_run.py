@@ -1,4 +1,4 @@
-"""A small run on the committed corpus: its data, tokenizer and recipe, and starting it in processes of its own."""
+"""A small run on the committed corpus: data, tokenizer and recipe, and starting it in own processes."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def command(path: Path, processes: int = 1) -> list[str]:
     """The command that trains a recipe."""
     if processes == 1:
         return [sys.executable, "-m", "lclm", "train", str(path)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, "-m", "lclm", "train", str(path)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={processes}", "-m", "lclm", "train", str(path)]
 
 
 def start(path: Path, processes: int = 1) -> subprocess.Popen[str]:
@@ -153,4 +153,5 @@ def weights(folder: Path) -> dict[str, Any]:
     """An export's tensors."""
     from safetensors.torch import load_file
 
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -25,7 +25,8 @@ def recipe_of(folder, content, *overrides):
 def start_weights(recipe):
     from lclm.model.build import build_model
 
-    return {name: value.clone() for name, value in build_model(recipe.model, seed=recipe.seed).state_dict().items()}
+    model = build_model(recipe.model, seed=recipe.seed)
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def part_of(name):
@@ -59,7 +60,8 @@ def test_zero_stages_agree(data, tmp_path):
     for zero in range(4):
         recipe = recipe_of(tmp_path, small.recipe(data, tmp_path / f"zero{zero}", only=small.stage(4)))
         recipe.engine.zero = zero
-        recipe.engine.activation_checkpointing.encoder = recipe.engine.activation_checkpointing.decoder = zero % 2 == 1
+        checkpointing = recipe.engine.activation_checkpointing
+        checkpointing.encoder = checkpointing.decoder = zero % 2 == 1
         found.append(small.losses(train(recipe)))
     for losses in found[1:]:
         assert losses == pytest.approx(found[0], rel=1e-5)

@@ -53,7 +53,7 @@ def make(zero, precision, *, accumulation=1, muon=None, clip=1.0, thaw=False):
 
 def state_of(engine):
     weights = engine.learned_weights()
-    moments = copy.deepcopy([{k: v for k, v in state.items()} for state in engine.base.state.values()])
+    moments = copy.deepcopy([dict(state.items()) for state in engine.base.state.values()])
     low = [p.detach().clone() for p in engine.model.parameters() if getattr(p, "ds_tensor", None) is None]
     return weights, moments, low
 
@@ -62,7 +62,7 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=False))
     return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
