@@ -11,7 +11,7 @@ import numpy as np
 
 from lclm.model.spans import Example, Span
 
-ROUNDS = 4  # passages taken from one document when there are fewer documents than samples
+ROUNDS = 32  # most passages taken from one document, when there are fewer documents than samples
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ class _Probes:
             )
         return found
 
+    def _bootstrap(self, passages: list[Passage]) -> Bootstrap:
+        return Bootstrap(len(passages), self.settings.seed, [passage.document for passage in passages])
+
     def _memories(self, passages: Sequence[Passage], ratio: int) -> list[Span]:
         return [self.spans.memory(passage.context, ratio) for passage in passages]
 
@@ -129,11 +132,11 @@ class _Probes:
                 )
             sizes = {"ratio": ratio, "context_tokens": length, "next_tokens": following - 1}
             self.result["continuation"].append(
-                {**sizes, **self._continuation_figures(ways), **_counts(passages)}
+                {**sizes, **self._continuation_figures(ways, passages), **_counts(passages)}
             )
 
-    def _continuation_figures(self, ways: dict[str, np.ndarray]) -> dict[str, Any]:
-        interval = Bootstrap(len(ways["none"]), self.settings.seed)
+    def _continuation_figures(self, ways: dict[str, np.ndarray], passages: list[Passage]) -> dict[str, Any]:
+        interval = self._bootstrap(passages)
         saved = {way: ways["none"] - loss for way, loss in ways.items() if way != "none"}
         figures: dict[str, Any] = {
             "loss": {way: interval.mean(loss) for way, loss in ways.items()},
@@ -159,7 +162,7 @@ class _Probes:
             return
         prompt = [self.spans.text(prompt_text)] if prompt_text else []
         partners = others(passages)
-        interval = Bootstrap(len(passages), self.settings.seed)
+        interval = self._bootstrap(passages)
         for ratio in self.ratios:
             memories = self._memories(passages, ratio)
             scores = self._score(

@@ -1,6 +1,8 @@
-"""Means, paired differences and ratios of means, with 95% bootstrap confidence intervals over samples."""
+"""Means, paired differences and ratios of means, with 95% bootstrap confidence intervals."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,20 +11,24 @@ CONFIDENCE = 0.95
 
 
 class Bootstrap:
-    """Intervals by resampling samples with replacement, the same resamples for every figure.
+    """Intervals by resampling with replacement, the same resamples for every figure (percentile intervals).
 
-    `count` is the number of samples. The sample (one document, one conversation) is what is drawn, not the
-    token: tokens of one text are not independent. Percentile intervals. Fewer than two samples give no
-    interval (low and high are None).
+    `groups` [samples] says which document each sample is of (None: each its own). What is drawn is the
+    document with all its samples: neither the tokens of a text nor the texts of a document are independent.
+    Fewer than two documents give no interval (low and high are None).
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int, groups: Sequence[int] | None = None) -> None:
         if count < 1:
             raise ValueError(f"an interval needs at least one sample, got {count}")
         self.count = count
-        draws = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-        self._weights = np.zeros((RESAMPLES, count), np.float64)  # times each sample is drawn, as a share
-        np.add.at(self._weights, (np.arange(RESAMPLES)[:, None], draws), 1.0 / count)
+        _, group = np.unique(np.arange(count) if groups is None else np.asarray(groups), return_inverse=True)
+        self.groups = int(group.max()) + 1
+        draws = np.random.default_rng(seed).integers(0, self.groups, (RESAMPLES, self.groups))
+        times = np.zeros((RESAMPLES, self.groups))
+        np.add.at(times, (np.arange(RESAMPLES)[:, None], draws), 1.0)
+        weights = times[:, group]
+        self._weights = weights / weights.sum(axis=1, keepdims=True)
 
     def mean(self, values: np.ndarray) -> dict[str, float | None]:
         """Mean of `values` [count] as {"mean", "low", "high"}; paired differences are values too."""
@@ -32,16 +38,15 @@ class Bootstrap:
     def proportion(self, values: np.ndarray) -> dict[str, float | None]:
         """Mean of `values` [count] between 0 and 1 (shares of tokens right, or right and wrong as 1 and 0).
 
-        Resampling samples that are all 0 or all 1 would give an interval of no width; there, and for values
-        that are only 0 and 1, it is Wilson's.
+        Resampling values that are all 0 or all 1 would give an interval of no width; there it is Wilson's.
         """
         values = self._check(values)
-        if not np.isin(values, (0.0, 1.0)).all() or self.count < 2:
+        p = float(values.mean())
+        if p not in (0.0, 1.0) or self.groups < 2:
             return self.mean(values)
-        z, n, p = 1.959964, self.count, float(values.mean())
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-        return {"mean": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+        z = 1.959964
+        width = z * z / (self.groups + z * z)
+        return {"mean": p, "low": 0.0 if p == 0 else 1 - width, "high": width if p == 0 else 1.0}
 
     def share(self, part: np.ndarray, whole: np.ndarray) -> dict[str, float | None]:
         """sum(part) / sum(whole) as {"mean", "low", "high"}; all None unless the whole is clearly positive.
@@ -51,11 +56,10 @@ class Bootstrap:
         """
         part, whole = self._check(part), self._check(whole)
         wholes = self._weights @ whole
-        if self.count < 2 or np.quantile(wholes, (1 - CONFIDENCE) / 2) <= 0:
+        if self.groups < 2 or np.quantile(wholes, (1 - CONFIDENCE) / 2) <= 0:
             return {"mean": None, "low": None, "high": None}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.where(wholes > 0, (self._weights @ part) / wholes, np.nan)
-        return self._interval(float(part.mean() / whole.mean()), ratios[np.isfinite(ratios)])
+        kept = wholes > 0
+        return self._interval(float(part.mean() / whole.mean()), (self._weights @ part)[kept] / wholes[kept])
 
     def _check(self, values: np.ndarray) -> np.ndarray:
         values = np.asarray(values, np.float64)
@@ -64,7 +68,7 @@ class Bootstrap:
         return values
 
     def _interval(self, mean: float, resampled: np.ndarray) -> dict[str, float | None]:
-        if self.count < 2:
+        if self.groups < 2:
             return {"mean": mean, "low": None, "high": None}
         low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return {"mean": mean, "low": float(low), "high": float(high)}

@@ -13,7 +13,7 @@ MARKDOWN = """\
 ## Is the memory used?
 
 {% if rows -%}
-Probes on held-out data at step {{ probe_step }}. Values with 95% intervals over samples.
+Probes on held-out data at step {{ probe_step }}. Intervals: 95%, over held-out documents.
 
 | ratio | figure | on | value | 95% interval | aim | verdict | beside |
 |---|---|---|---|---|---|---|---|
@@ -127,7 +127,7 @@ pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; font-size: .8rem; m
 <ul>{% for line in notes %}<li>{{ line }}</li>{% endfor %}</ul>
 <h2>Is the memory used?</h2>
 {%- if rows %}
-<p class="quiet">Probes on held-out data at step {{ probe_step }}. Values with 95% intervals over samples.</p>
+<p class="quiet">Probes on held-out data at step {{ probe_step }}. Intervals: 95%, over held-out documents.</p>
 <div class="wide"><table>
 <tr><th>ratio</th><th>figure</th><th>on</th><th>value</th><th>95% interval</th><th>aim</th><th>verdict</th>
 <th>beside</th></tr>

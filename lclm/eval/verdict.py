@@ -71,7 +71,7 @@ def _reconstruction(row: dict, aims: dict) -> Verdict:
     better = f"{other['mean']:.3f} with another document's latents" if other else ""
     gain = row.get("gain") or value
     return _row(
-        "Reconstruction: tokens right", row, f"{row['context_tokens']} tokens", value, "share",
+        "Reconstruction: tokens right", row, f"{row['context_tokens']} tokens, {row['samples']} texts", value, "share",
         _least(least, "more than with another document's latents"), _judge(value, gain, least), better,
     )  # fmt: skip
 
@@ -80,7 +80,9 @@ def _digits(row: dict, aims: dict) -> Verdict:
     least = _aim(aims, "digits", row["ratio"]) if row["numbers"] == "one" else None
     value = row["digits"]["compressed"]
     without, full = row["digits"]["none"]["mean"], row["digits"]["uncompressed"]["mean"]
-    where = "one number" if row["numbers"] == "one" else "several numbers"
+    where = (
+        f"{row['samples']} questions, {row['numbers']} number{'s' if row['numbers'] != 'one' else ''} there"
+    )
     return _row(
         "Needle: digits right", row, where, value, "share", _least(least, "more than without the memory"),
         _judge(value, row["gain"], least), f"{without:.3f} without the memory, {full:.3f} uncompressed",
@@ -88,7 +90,7 @@ def _digits(row: dict, aims: dict) -> Verdict:
 
 
 def _continuation(row: dict, aims: dict) -> list[Verdict]:
-    where = f"{row['context_tokens']} tokens"
+    where = f"{row['context_tokens']} tokens, {row['samples']} texts"
     saved, least = row["saved"], _aim(aims, "recovered", row["ratio"])
     own = row.get("own") or saved["compressed"]  # against another document's latents, where there are any
     loss = row["loss"]

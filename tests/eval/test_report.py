@@ -15,6 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from synthetic import probe, write_recipe, write_run
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing takes most of a report's time; tests of its words go without."""
+    monkeypatch.setattr("lclm.eval.report.draw_all", lambda record: [])
+
+
 def test_a_whole_run(tmp_path):
     run = write_run(tmp_path / "run", resumes=(100, 220))
     write_recipe(run, tmp_path / "data")
@@ -57,7 +63,7 @@ def test_a_partial_run_says_what_is_absent(tmp_path):
     assert summary(run) == "No probe has run yet."
 
 
-def test_planned_stages_that_have_not_begun_are_listed(tmp_path):
+def test_planned_stages_that_have_not_begun_are_listed(tmp_path, no_plots):
     run = write_run(tmp_path / "run", upto=410)
     write_recipe(run, tmp_path / "data")
     write_report(run)
@@ -66,7 +72,7 @@ def test_planned_stages_that_have_not_begun_are_listed(tmp_path):
     assert "| adapter |" in (run / "report.md").read_text()
 
 
-def test_a_killed_run_with_half_a_line_and_repeated_steps(tmp_path):
+def test_a_killed_run_with_half_a_line_and_repeated_steps(tmp_path, no_plots):
     run = write_run(tmp_path / "run", upto=60)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     again = json.loads(lines[-1])
@@ -90,7 +96,7 @@ def test_no_run_folder_is_a_clear_error(tmp_path):
 
 
 def test_the_report_is_the_same_when_written_again(tmp_path):
-    run = write_run(tmp_path / "run", upto=100)
+    run = write_run(tmp_path / "run", upto=20)
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
 

@@ -48,6 +48,16 @@ def test_the_same_seed_gives_the_same_interval():
     assert Bootstrap(30, 7).mean(values) == Bootstrap(30, 7).mean(values)
 
 
+def test_samples_of_one_document_count_as_one_draw():
+    rng = np.random.default_rng(4)
+    values = np.repeat(rng.normal(size=12), 20)
+    alone = Bootstrap(240, 0).mean(values)
+    grouped = Bootstrap(240, 0, np.repeat(np.arange(12), 20)).mean(values)
+    assert grouped["mean"] == alone["mean"]
+    assert grouped["high"] - grouped["low"] > 3 * (alone["high"] - alone["low"])
+    assert Bootstrap(5, 0, [7] * 5).mean(np.arange(5.0)) == {"mean": 2.0, "low": None, "high": None}
+
+
 def test_one_sample_has_no_interval_and_none_is_an_error():
     assert Bootstrap(1, 0).mean(np.array([2.0])) == {"mean": 2.0, "low": None, "high": None}
     with pytest.raises(ValueError, match="at least one sample"):
