@@ -71,7 +71,8 @@ def _reconstruction(row: dict, aims: dict) -> Verdict:
     better = f"{other['mean']:.3f} with another document's latents" if other else ""
     gain = row.get("gain") or value
     return _row(
-        "Reconstruction: tokens right", row, f"{row['context_tokens']} tokens, {row['samples']} texts", value, "share",
+        "Reconstruction: tokens right", row, f"{row['context_tokens']} tokens, {row['samples']} texts", value,
+        "share",
         _least(least, "more than with another document's latents"), _judge(value, gain, least), better,
     )  # fmt: skip
 
