@@ -17,6 +17,7 @@ if ! [ -x "$python" ]; then
     exit 2
 fi
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
 # torchrun, but without its own traceback when a process fails: that process has said why
