@@ -222,9 +222,10 @@ def _tokenizers(settings: ModelSettings) -> tuple[Any, Any]:
         raise ValueError("model.decoder needs a tokenizer: set model.decoder.tokenizer or model.decoder.path")
     tokenizer = load_tokenizer(path)
     encoder_path = settings.encoder.tokenizer or settings.encoder.path or path
-    encoder_tokenizer = tokenizer if encoder_path == path else load_tokenizer(encoder_path)
-    if encoder_tokenizer is tokenizer and settings.encoder.path is not None:
-        encoder_tokenizer = load_tokenizer(path)
+    if encoder_path != path:
+        encoder_tokenizer = load_tokenizer(encoder_path)
+    else:
+        encoder_tokenizer = tokenizer if settings.encoder.path is None else copy.deepcopy(tokenizer)
     add_marks(tokenizer)
     return tokenizer, encoder_tokenizer
 

@@ -85,7 +85,8 @@ def load_model(auto: Any, path: str, *, layers: int | None, dtype: torch.dtype, 
     smaller = auto.from_config(config, dtype=dtype)
     weights = model.state_dict()
     smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
-    smaller.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):
+        smaller.generation_config = model.generation_config
     return smaller
 
 

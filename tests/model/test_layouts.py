@@ -1,0 +1,177 @@
+"""Native and released layouts, brackets, broken files, and shipping as remote code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lclm.model import LCLMConfig, LCLMForConditionalGeneration, LCLMProcessor
+
+FIXTURE = Path(__file__).parents[1] / "conformance" / "fixtures" / "mean-4x"
+
+
+def logits(model, tiny, rng_seed=0):
+    import numpy as np
+
+    example = tiny.example([("text", 3), ("memory", 21), ("text", 4)], np.random.default_rng(rng_seed))
+    arrays = tiny.lay_out([[example]], model)
+    with torch.no_grad():
+        return model(**{k: v for k, v in arrays.items() if k != "labels"}).logits
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"encoder": "bert", "encoder_attention": "bidirectional"},
+        {"adapter": "mlp_attn", "adapter_layers": 2},
+        {"adapter": "attn_mlp", "pooling": "concat"},
+        {"position_in_block": True, "ratios": [2, 4]},
+        {"overlap": 4},
+    ],
+    ids=str,
+)
+def test_native_round_trip(choice, tiny, tmp_path):
+    model = tiny.model(**choice)
+    model.save_pretrained(tmp_path)
+    again = LCLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.geometry() == model.config.geometry()
+    assert torch.equal(logits(again, tiny), logits(model, tiny))
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), LCLMForConditionalGeneration)
+
+
+def copy_tokenizers(folder):
+    for part in ("decoder", "encoder"):
+        AutoTokenizer.from_pretrained(FIXTURE / part).save_pretrained(folder / part)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"encoder_attention": "bidirectional", "overlap": 4},
+        {"adapter": "mlp_attn", "adapter_layers": 2},
+        {"adapter": "attn_mlp", "pooling": "concat"},
+        {"pooling": "eos"},
+    ],
+    ids=str,
+)
+def test_released_round_trip_writes_learned_brackets_into_the_table(choice, tiny, tmp_path):
+    decoder = {**tiny.decoder, "vocab_size": 703, "tie_word_embeddings": False}
+    marks = {"memory_start_id": 700, "memory_end_id": 701, "memory_id": 702}
+    model = tiny.model(decoder=decoder, **marks, **choice)
+    with torch.no_grad():
+        model.brackets.weight.normal_()
+    before = model.state_dict()["decoder.model.embed_tokens.weight"].clone()
+    model.save_pretrained(tmp_path, layout="released")
+    copy_tokenizers(tmp_path)
+    assert torch.equal(model.state_dict()["decoder.model.embed_tokens.weight"], before)
+    again = LCLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.brackets.weight, model.brackets.weight)
+    assert torch.equal(again.get_input_embeddings().weight[[700, 701]], model.brackets.weight)
+    assert torch.allclose(logits(again, tiny), logits(model, tiny), atol=1e-6)
+    assert again.config.geometry() == model.config.geometry()
+
+
+def test_state_dict_of_a_sharded_engine_can_be_given(tiny, tmp_path):
+    decoder = {**tiny.decoder, "vocab_size": 703}
+    model = tiny.model(decoder=decoder, memory_start_id=700, memory_end_id=701, memory_id=702)
+    weights = {name: value + 1 for name, value in model.state_dict().items()}
+    for layout in ("native", "released"):
+        model.save_pretrained(tmp_path / layout, layout=layout, state_dict=dict(weights))
+        if layout == "released":
+            copy_tokenizers(tmp_path / layout)
+        again = LCLMForConditionalGeneration.from_pretrained(tmp_path / layout).state_dict()
+        assert torch.equal(again["adapter.fc1.weight"], weights["adapter.fc1.weight"])
+        assert torch.equal(
+            again["decoder.model.layers.0.mlp.up_proj.weight"],
+            weights["decoder.model.layers.0.mlp.up_proj.weight"],
+        )
+        assert torch.equal(again["brackets.weight"], weights["brackets.weight"])
+
+
+def test_dtype_and_attention_reach_both_parts():
+    model = LCLMForConditionalGeneration.from_pretrained(
+        FIXTURE, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {model.encoder.config._attn_implementation, model.decoder.config._attn_implementation} == {"eager"}
+
+
+@pytest.fixture
+def broken(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(FIXTURE, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model_config.json").write_text("{"), r"cannot read .*model_config.json"),
+        (lambda f: (f / "model_config.json").write_text("{}"), "lacks 'compression_ratio'"),
+        (lambda f: edit(f, compression_ratio=5), "ratio 5 does not divide the window of 32"),
+        (lambda f: edit(f, pooling="concat"), "does not fit"),
+        (lambda f: (f / "adapter" / "adapter.safetensors").write_bytes(b"x" * 40), "cannot read the adapter"),
+        (lambda f: (f / "adapter" / "adapter.safetensors").unlink(), "cannot read the adapter"),
+        (
+            lambda f: shutil.copy(f / "encoder" / "tokenizer.json", f / "decoder" / "tokenizer.json"),
+            "lacks the marks",
+        ),
+    ],
+)
+def test_broken_checkpoints_say_what_is_wrong(broken, damage, message):
+    damage(broken)
+    for name in ("tokenizer_config.json",):
+        path = broken / "decoder" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": []}))
+    with pytest.raises(ValueError, match=message):
+        LCLMForConditionalGeneration.from_pretrained(broken)
+
+
+def edit(folder, **changes):
+    path = folder / "model_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_unknown_layout(tiny, tmp_path):
+    with pytest.raises(ValueError, match="'native' or 'released'"):
+        tiny.model().save_pretrained(tmp_path, layout="flat")
+    with pytest.raises(ValueError, match="no place for position_in_block"):
+        tiny.model(position_in_block=True).save_pretrained(tmp_path, layout="released")
+
+
+def test_ships_as_remote_code(tmp_path):
+    """transformers copies the folder's modules beside a checkpoint and loads from there, without lclm."""
+    model, processor = (cls.from_pretrained(FIXTURE) for cls in (LCLMForConditionalGeneration, LCLMProcessor))
+    for cls, auto in (
+        (LCLMConfig, "AutoConfig"),
+        (LCLMForConditionalGeneration, "AutoModelForCausalLM"),
+        (LCLMProcessor, "AutoProcessor"),
+    ):
+        cls.register_for_auto_class(auto)
+    try:
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+    finally:
+        for cls in (LCLMConfig, LCLMForConditionalGeneration, LCLMProcessor):
+            cls._auto_class = None
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoProcessor;"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True);"
+        f"p = AutoProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True);"
+        "assert 'lclm' not in sys.modules; assert 'transformers_modules' in type(m).__module__;"
+        "x = p(text='<|memory_start|>ab<|memory_end|>c'); print(m(**x).logits.sum().item())"
+    )
+    import os
+    import subprocess
+    import sys
+
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = model(**processor(text="<|memory_start|>ab<|memory_end|>c")).logits.sum().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-4)
