@@ -63,15 +63,16 @@ class Feed:
             total.update(cursor.get("dropped", {}))
         return dict(total)
 
-    def heldout(self, count: int) -> list[Batch]:
-        """The first `count` micro-batches of this process's lanes of the held-out data, always the same."""
+    def heldout(self, steps: int) -> list[Batch]:
+        """This process's micro-batches of the first `steps` steps of held-out data: the same every time, and
+        over all processes the same for any number of them."""
         data = self._data.for_heldout()
         mixture = {name: share for name, share in self._options["mixture"].items() if name in data.tasks}
         if not any(share > 0 for share in mixture.values()):
             return []
         data = replace(data, workers=0, mixture=mixture)
         with Loader(data, self._tokenizer, **(self._options | {"mixture": mixture})) as loader:
-            return list(itertools.islice((batch for step in loader for batch in step), count))
+            return [batch for step in itertools.islice(loader, steps) for batch in step]
 
     def close(self) -> None:
         """End the background processes."""

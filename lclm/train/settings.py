@@ -86,6 +86,12 @@ class StageSettings:
     pack: PackSettings | None = None  # override of data.pack
     zero: int | None = None  # override of engine.zero
 
+    def __post_init__(self) -> None:
+        if self.zero not in (None, 0, 1, 2, 3):
+            raise ValueError(f"zero is {self.zero}; ZeRO stages are 0, 1, 2 and 3")
+        if self.clip < 0:
+            raise ValueError(f"clip is {self.clip}; give a gradient norm, or 0 for no clipping")
+
 
 @dataclass
 class ActivationCheckpointing:
@@ -121,7 +127,7 @@ class TrainSettings:
     keep: int = 2  # newest training checkpoints kept
     log_every: int = 10  # steps between lines of metrics.jsonl
     validate_every: int | None = None  # steps; null = only at the end of each stage
-    validate_batches: int = 8  # micro-batches on each process; 0 = no validation
+    validate_batches: int = 8  # held-out batches, each as large as a step's; 0 = no validation
     probe_every: int | None = None  # steps; null = only at the end of the run
     fit_minutes: float | None = None  # scale all stages' budgets down so that their steps take at most this
     fit_steps: int = 8  # steps of each stage measured for it

@@ -124,19 +124,26 @@ class StageTrainer:
     def finish(self, watcher: Watcher) -> None:
         """Write the stage's export, in the master weights' precision, and mark it as done. Collective."""
         self._complete_state(watcher)
-        error, weights = None, self.stepper.engine.learned_weights()
+        error, model = None, self.whole_model()
         if self.processes.main:
             try:
-                model = start_model(self.recipe, self.start)
-                prepare(model, self.stage, self.recipe.engine.activation_checkpointing)
-                load_learned(model, weights)
-                merge_lora(model)
                 save_export(self.folder.export, model, self.stepper.processor)
                 write_done(self.folder, self.state)
             except ValueError as problem:
                 error = str(problem)
         self.processes.agree(error)
         self.stepper.close()
+
+    def whole_model(self) -> Any:
+        """The model as trained so far: whole, plain, fp32, on the CPU of the main process. Collective."""
+        weights = self.stepper.engine.learned_weights()
+        if not self.processes.main:
+            return None
+        model = start_model(self.recipe, self.start)
+        prepare(model, self.stage, self.recipe.engine.activation_checkpointing)
+        load_learned(model, weights)
+        merge_lora(model)
+        return model
 
     def _complete_state(self, watcher: Watcher) -> None:
         self.state.data = self.stepper.feed.state()

@@ -171,24 +171,22 @@ class Watcher:
             )
 
     def probe(self, final: bool = False) -> None:
-        """Run the probes; on all processes where weights are sharded, on the main one otherwise."""
+        """Run the probes on the main process, while the others wait."""
         from lclm.eval.probes import run_probes
 
-        if final or self.stepper.engine.zero == 3 or self.processes.main:
+        engine = self.stepper.engine
+        model = self.trainer.whole_model() if engine.zero == 3 else engine.model
+        if self.processes.main:
+            if engine.zero == 3:
+                model = model.to(self.processes.device, torch.bfloat16 if engine.bf16 else torch.float32)
             settings = probe_settings(self.trainer.recipe)
-            if not final:
-                settings = settings.during_training()
-        result = None
-        if self.stepper.engine.zero == 3 or self.processes.main:
+            settings = settings if final else settings.during_training()
             documents, conversations = heldout_samples(self.trainer.recipe)
             with idle_cores(self.processes):
-                result = run_probes(
-                    self.stepper.engine.model, self.stepper.processor, documents, conversations, settings
-                )
-        self.processes.barrier()
-        if self.processes.main:
+                result = run_probes(model, self.stepper.processor, documents, conversations, settings)
             self._write("probe", {"probes": result})
-            self._samples(result or {})
+            self._samples(result)
+        self.processes.barrier()
 
     def _samples(self, result: dict[str, Any]) -> None:
         parts = [f"# Step {self.state.step} ({self.trainer.name})\n"]

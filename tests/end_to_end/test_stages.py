@@ -159,3 +159,31 @@ def test_a_budget_in_tokens(data, tmp_path):
     recipe = recipe_of(tmp_path, small.recipe(data, tmp_path / "run", only=stage))
     lines = small.lines(train(recipe))
     assert lines[-1]["source_tokens"] >= 5000 > lines[-2]["source_tokens"]
+
+
+def test_a_single_epoch_ends_the_stage(data, tmp_path, capsys):
+    stage = small.stage(10_000, learn=("adapter",))
+    recipe = recipe_of(tmp_path, small.recipe(data, tmp_path / "run", only=stage), "data.epochs=1")
+    lines = small.lines(train(recipe))
+    assert "epochs are used up" in capsys.readouterr().out
+    assert 5 < len(lines) < 200
+
+
+def test_probes_and_samples_with_sharded_weights(data, tmp_path):
+    content = small.recipe(data, tmp_path / "run", only=small.stage(2))
+    content["engine"]["zero"] = 3
+    run = train(load_recipe(small.write(tmp_path, content)))
+    (line,) = small.lines(run, "probe")
+    assert line["probes"]["reconstruction"]
+    assert "written" in (run / "samples.md").read_text()
+
+
+def test_non_finite_losses_stop_the_run_with_the_samples_keys(data, tmp_path):
+    recipe = recipe_of(tmp_path, small.recipe(data, tmp_path / "run", only=small.stage(9)))
+    recipe.train.max_skips_in_a_row = 3
+    recipe.stages["only"].learn["decoder"].lr = 1e30
+    recipe.stages["only"].clip = 0.0
+    with pytest.raises(ValueError, match=r"3 steps in a row .*train-(documents|conversations)-"):
+        train(recipe)
+    skips = [line for line in small.lines(tmp_path / "run", "event") if line["event"] == "skip"]
+    assert len(skips) >= 2
