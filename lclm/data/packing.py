@@ -8,6 +8,7 @@ still fits.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from lclm.data.room import Room
 from lclm.data.settings import PackSettings
 from lclm.data.stream import Held, Place, Source, SourceLane
 from lclm.data.tasks import Chat, Cut, Document, Task
-from lclm.model.spans import Example, Geometry, Size
+from lclm.model.spans import Example, Geometry
 
 __all__ = ["Lane", "Pack", "PackSettings", "carried"]
 
@@ -273,9 +274,8 @@ class _Filling:
     def _due_example(self, entry: _Entry) -> bool:
         if self.due(entry) <= 0:
             return False
-        for number in range(len(entry.waiting)):
-            cut = entry.waiting[number].cut
-            if self._may_add(entry, cut):
+        for number in self._by_fit(entry):
+            if self._may_add(entry, entry.waiting[number].cut):
                 return self._add_waiting(entry, number)
         return bool(entry.documents) and self._add_document(entry, careful=True)
 
@@ -293,14 +293,26 @@ class _Filling:
     def _any_example(self, entry: _Entry) -> bool:
         if self.due(entry) <= -self.surplus:
             return False
-        fitting = [number for number, item in enumerate(entry.waiting) if self.room.fits(item.cut.size)]
-        if fitting:
-            return self._add_waiting(entry, max(fitting, key=lambda n: self._fill(entry.waiting[n].cut.size)))
+        for number in self._by_fit(entry):
+            if self.room.fits(entry.waiting[number].cut.size):
+                return self._add_waiting(entry, number)
         return bool(entry.documents) and self._add_document(entry)
 
-    def _fill(self, size: Size) -> float:
-        """How much of what is left an example would use."""
-        return size.positions / max(1, self.room.positions) + sum(size.windows) / max(1, self.room.row_tokens)
+    def _by_fit(self, entry: _Entry) -> list[int]:
+        """Waiting conversations: the oldest first in a new pack, then what leaves the smallest gap in a row."""
+        numbers = list(range(len(entry.waiting)))
+        if not self.examples:
+            return numbers
+        gaps, row_length = self.room.gaps[::-1], self.lane.geometry.row_length
+
+        def left_over(number: int) -> int:
+            windows = entry.waiting[number].cut.size.windows
+            if not windows:
+                return row_length
+            place = bisect_left(gaps, windows[-1])
+            return gaps[place] - windows[-1] if place < len(gaps) else row_length
+
+        return sorted(numbers, key=left_over)
 
     def _may_add(self, entry: _Entry, cut: Cut) -> bool:
         """Whether an example fits, is due, and leaves positions and rows that others can fill together."""

@@ -107,8 +107,9 @@ class Room:
         nearest = sorted(fills, key=lambda length: (abs(length - want), length))
         good = [length for length in nearest if 0.7 * want <= length <= 1.4 * want]
         rounded = want if want == most else want // ratio * ratio
-        plain = [rounded] if rounded >= max(1, least) and self._leaves_room(rounded, least, partial) else []
-        return good + plain + [length for length in nearest if length not in good]
+        allowed = [rounded] if rounded >= max(1, least) else []
+        plain = [length for length in allowed if self._leaves_room(length, least, partial)]
+        return good + plain + [length for length in nearest if length not in good] + allowed
 
     def _tail(self, gap: int, full: int, ratio: int) -> int:
         """Tokens of a last window that fills `gap` row tokens, in whole blocks."""
