@@ -299,7 +299,7 @@ class _Filling:
         return bool(entry.documents) and self._add_document(entry)
 
     def _by_fit(self, entry: _Entry) -> list[int]:
-        """Waiting conversations: the oldest first in a new pack, then what leaves the smallest gap in a row."""
+        """Waiting conversations: the oldest first in a new pack, then what leaves the least of a row."""
         numbers = list(range(len(entry.waiting)))
         if not self.examples:
             return numbers
