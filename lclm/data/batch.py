@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -133,7 +134,8 @@ class _Packs:
 
 
 def _start_worker(worker: int) -> None:
-    """Let the worker end with its parent, leave Ctrl-C to the parent, and use one thread."""
+    """Let the worker end with its parent, leave Ctrl-C to the parent, and keep what it inherited as it is."""
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform == "linux":

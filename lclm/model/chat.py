@@ -77,39 +77,56 @@ def render(
     messages: Sequence[dict[str, Any]],
     add_generation_prompt: bool = False,
     template_options: dict[str, Any] | None = None,
+    known: dict[Any, list[str]] | None = None,
 ) -> list[Piece]:
-    """Messages through the tokenizer's chat template, as template text and content pieces in order."""
+    """Messages through the tokenizer's chat template, as template text and content pieces in order.
+
+    known: the template's own text by the shape of the conversation, which is all that a template gets to see;
+    it is read and filled, so that many conversations of one shape are rendered once.
+    """
     if not messages:
         raise ValueError("the conversation has no messages")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "the decoder's tokenizer has no chat template; set tokenizer.chat_template or save one beside it"
         )
-    secret = secrets.token_hex(12)
     contents: list[Piece] = []
     last_of_turn: set[int] = set()
-    masked = []
+    turns: list[tuple[str, int]] = []
     for number, message in enumerate(messages):
         pieces = parts_of(message, number)
-        names = [f"x{secret}x{len(contents) + i:06d}x" for i in range(len(pieces))]
         contents += pieces
         if message["role"] == "assistant" and pieces:
             last_of_turn.add(len(contents) - 1)
-        masked.append({"role": message["role"], "content": "".join(names)})
-    rendered = tokenizer.apply_chat_template(
-        masked, tokenize=False, add_generation_prompt=add_generation_prompt, **(template_options or {})
-    )
-    first, *rest = rendered.split(f"x{secret}x")
-    between = [first, *(part[7:] for part in rest)]
-    found = [part[:7] for part in rest]
-    if found != [f"{number:06d}x" for number in range(len(contents))] or secret in "".join(between):
-        raise ValueError(
-            "the chat template alters, repeats, reorders or drops message content, so content cannot be kept "
-            "apart from control tokens; use a template that writes each message's content once, as it is"
-        )
-    pieces = [Piece("template", first)] if first else []
+        turns.append((message["role"], len(pieces)))
+    options = {"add_generation_prompt": add_generation_prompt, **(template_options or {})}
+    shape = (str(tokenizer.chat_template), tuple(turns), repr(sorted(options.items())))
+    between = (known or {}).get(shape)
+    if between is None:
+        between = _template_text(tokenizer, turns, options)
+        if known is not None:
+            known[shape] = between
+    pieces = [Piece("template", between[0])] if between[0] else []
     for index, content in enumerate(contents):
         pieces.append(content)
         if after := between[index + 1]:
             pieces.append(Piece("template", after, loss=index in last_of_turn))
     return pieces
+
+
+def _template_text(tokenizer: Any, turns: Sequence[tuple[str, int]], options: dict[str, Any]) -> list[str]:
+    """What the template writes before, between and after the parts of turns of (role, parts)."""
+    secret, count = secrets.token_hex(12), 0
+    masked = []
+    for role, parts in turns:
+        names = [f"x{secret}x{count + i:06d}x" for i in range(parts)]
+        masked.append({"role": role, "content": "".join(names)})
+        count += parts
+    first, *rest = tokenizer.apply_chat_template(masked, tokenize=False, **options).split(f"x{secret}x")
+    between = [first, *(part[7:] for part in rest)]
+    if [part[:7] for part in rest] != [f"{i:06d}x" for i in range(count)] or secret in "".join(between):
+        raise ValueError(
+            "the chat template alters, repeats, reorders or drops message content, so content cannot be kept "
+            "apart from control tokens; use a template that writes each message's content once, as it is"
+        )
+    return between

@@ -24,6 +24,7 @@ MEMORY = "<|memory|>"
 MARKS = (MEMORY_START, MEMORY_END, MEMORY)
 
 _MARK = re.compile("|".join(re.escape(mark) for mark in MARKS))
+_MOST_KNOWN = 2048
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
@@ -126,13 +127,15 @@ class SpanTokenizer:
         self.tokenizer = tokenizer
         self.mark_ids = mark_ids(tokenizer)
         self.content = ContentTokenizer(tokenizer)
-        self.encoder_content = (
-            self.content if encoder_tokenizer is None else ContentTokenizer(encoder_tokenizer)
-        )
+        self.encoder_content = self.content
+        if encoder_tokenizer is not None and not _alike(tokenizer, encoder_tokenizer):
+            self.encoder_content = ContentTokenizer(encoder_tokenizer)
         self._backend = Tokenizer.from_str(_backend(tokenizer).to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
         self._controls = frozenset(self._backend.get_added_tokens_decoder())
+        self._shapes: dict[Any, list[str]] = {}
+        self._template_spans: dict[Piece, list[Span]] = {}
 
     @property
     def end_of_text_id(self) -> int:
@@ -242,7 +245,10 @@ class SpanTokenizer:
         is for memory parts that name none. template_options go to the template.
         """
         spans: list[Span] = []
-        for piece in render(self.tokenizer, messages, add_generation_prompt, template_options):
+        if len(self._shapes) > _MOST_KNOWN or len(self._template_spans) > _MOST_KNOWN:
+            self._shapes, self._template_spans = {}, {}
+        pieces = render(self.tokenizer, messages, add_generation_prompt, template_options, self._shapes)
+        for piece in pieces:
             spans += self._piece(piece, ratio)
         return _join(spans)
 
@@ -252,6 +258,11 @@ class SpanTokenizer:
         if piece.kind == "text":
             ids = self.content.encode(piece.text)
             return [Span("text", ids, piece.loss)] if len(ids) else []
+        if piece not in self._template_spans:
+            self._template_spans[piece] = self._template(piece)
+        return self._template_spans[piece]
+
+    def _template(self, piece: Piece) -> list[Span]:
         ids = self.controls(piece.text)
         if not len(ids):
             return []
@@ -277,6 +288,11 @@ def _join(spans: list[Span]) -> list[Span]:
         else:
             joined.append(span)
     return joined
+
+
+def _alike(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers are one, or written down the same."""
+    return tokenizer is other or _backend(tokenizer).to_str() == _backend(other).to_str()
 
 
 def mark_ids(tokenizer: Any) -> tuple[int, int, int]:
