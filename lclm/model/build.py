@@ -235,7 +235,7 @@ def _new_config(settings: ModelSettings, tokenizer: Any | None, encoder_tokenize
         _sub_config("encoder", settings.encoder, encoder_tokenizer), settings.encoder.layers
     )
     decoder = _sub_config("decoder", settings.decoder, tokenizer)
-    ids = {} if tokenizer is None else token_ids(tokenizer, encoder_tokenizer)
+    ids: dict[str, Any] = {} if tokenizer is None else token_ids(tokenizer, encoder_tokenizer)
     if tokenizer is not None:
         needed = _ids(tokenizer)
         if settings.decoder.path is None and decoder.vocab_size < needed:

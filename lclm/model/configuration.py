@@ -58,8 +58,8 @@ class LCLMConfig(PreTrainedConfig):
         encoder_marker_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.encoder_config = _sub_config(encoder_config)
-        self.decoder_config = _sub_config(decoder_config)
+        self.encoder_config: Any = _sub_config(encoder_config)
+        self.decoder_config: Any = _sub_config(decoder_config)
         self.ratio = ratio
         self.ratios = sorted(set(ratios)) if ratios else [ratio]
         self.window = window

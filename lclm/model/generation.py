@@ -20,6 +20,10 @@ _ENCODER_ARRAYS = (
 class MemoryGeneration:
     """What GenerationMixin needs to know about memories."""
 
+    config: Any
+    device: Any
+    encode: Any
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' generate over a processor's arrays; returns prompt and new ids as transformers does.

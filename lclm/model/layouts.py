@@ -75,12 +75,13 @@ def released_config(folder: Path) -> LCLMConfig:
         settings["adapter_layers"] = 0
     shapes = _adapter_weights(folder)
     decoder_tokenizer, encoder_tokenizer = released_tokenizers(folder)
+    ids: dict[str, Any] = token_ids(decoder_tokenizer, encoder_tokenizer)
     return LCLMConfig(
         encoder_config=AutoConfig.from_pretrained(folder / "encoder"),
         decoder_config=AutoConfig.from_pretrained(folder / "decoder"),
         adapter_hidden=shapes["fc1.weight"].shape[0],
         **settings,
-        **token_ids(decoder_tokenizer, encoder_tokenizer),
+        **ids,
     )
 
 

@@ -115,7 +115,10 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         memory_sizes: Tensor | None = None,
         num_latents: int | None = None,
     ) -> Tensor:
-        """Latents [M, K] of encoder rows (int64 [E, R]). num_latents: M; None: the sum of memory_sizes, at least 1."""
+        """Latents [M, K] of encoder rows (int64 [E, R]).
+
+        num_latents: M; None: the sum of memory_sizes, at least 1.
+        """
         if num_latents is None:
             known = memory_sizes.sum() if memory_sizes is not None else block_index.max() + 1
             num_latents = max(int(known), 1)

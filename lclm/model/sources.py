@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +52,28 @@ def find(path: str) -> Source:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer at `path`; ValueError that names it when it cannot be read."""
-    source = find(path)
     try:
-        return AutoTokenizer.from_pretrained(source.name, **source.arguments)
+        return _read(AutoTokenizer, find(path))
     except Exception as error:
         raise ValueError(f"cannot load the tokenizer {path!r}: {why(path, error)}") from error
 
 
 def load_config(path: str) -> PreTrainedConfig:
     """The configuration at `path`; ValueError that names it when it cannot be read."""
-    source = find(path)
     try:
-        config = AutoConfig.from_pretrained(source.name, **source.arguments)
+        return _plain(_read(AutoConfig, find(path)))
     except Exception as error:
         raise ValueError(f"cannot load the configuration of {path!r}: {why(path, error)}") from error
-    return _plain(config)
+
+
+def _read(auto: Any, source: Source) -> Any:
+    return copy.deepcopy(_read_gguf(auto, source)) if source.gguf else auto.from_pretrained(source.name)
+
+
+@lru_cache(maxsize=8)
+def _read_gguf(auto: Any, source: Source) -> Any:
+    """Kept, because parsing the vocabulary in a GGUF file takes seconds."""
+    return auto.from_pretrained(source.name, gguf_file=source.gguf)
 
 
 def load_model(auto: Any, path: str, *, layers: int | None, dtype: torch.dtype, attention: str) -> Any:

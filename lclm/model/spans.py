@@ -172,7 +172,8 @@ def fill_rows(lengths: Sequence[int], row_length: int) -> tuple[list[int], list[
     Returns (row of each window, offset of each window in its row, rows used). Deterministic; a window longer
     than a row is a ValueError.
     """
-    rows, offsets, used = [0] * len(lengths), [0] * len(lengths), []
+    rows, offsets = [0] * len(lengths), [0] * len(lengths)
+    used: list[int] = []
     shortest = min(lengths, default=0)
     open_from = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -332,7 +333,7 @@ def lay_out(
         raise ValueError(f"a row has {longest} decoder positions, over the budget of {positions}")
     width = longest if positions is None else positions
     shape = (len(parts), width)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "input_ids": np.full(shape, geometry.pad_id, np.int64),
         "position_ids": np.zeros(shape, np.int64),
         "labels": np.full(shape, NO_LOSS, np.int64),
