@@ -21,7 +21,6 @@ lclm data build recipes/data/stdlib.yaml
 if [ -f "$run/export/config.json" ]; then
     skipped+=("training  $run, by $recipe as it was then")
 else
-    lclm recipe validate "$recipe"
     say "training: $recipe on two processes -> $run"
     launch/local.sh 2 "$recipe"
 fi
