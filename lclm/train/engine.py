@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from lclm.train.optim import Group, build_optimizer
 from lclm.train.settings import EngineSettings
 
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 TAG = "engine"
 """The folder of the engine's own files inside a checkpoint."""
 
@@ -72,6 +76,8 @@ def start_processes(settings: EngineSettings) -> Processes:
     """Join the processes that torchrun (or another launcher) started; alone without its environment."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cuda = torch.cuda.is_available()
@@ -86,6 +92,13 @@ def start_processes(settings: EngineSettings) -> Processes:
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return Processes(rank, size, device)
+
+
+def end_with_launcher() -> None:
+    """Let this process be killed when torchrun is: killed, torchrun cannot end its processes, and they would
+    go on beside those of the next start. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def import_deepspeed() -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lclm.checkpoint import RunFolder, provenance, read_json, write_json
 from lclm.train.engine import Processes
@@ -18,6 +20,7 @@ MAY_CHANGE = (
     *("probes", "run_dir", "name", "engine.timeout_minutes", "data.workers", "data.prefetch"),
 )
 """Settings that a run may go on with changed: logging, retention, wall time, launcher. No others."""
+LOCK, LOCK_SECONDS = ".lock", 10.0
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Run:
     folder: RunFolder
     recipe: Any
     id: str
-    fresh: bool
+    lock: IO[str] | None
 
 
 def open_run(recipe: Any, processes: Processes, fit: Callable[[Any], Any]) -> Run:
@@ -37,28 +40,64 @@ def open_run(recipe: Any, processes: Processes, fit: Callable[[Any], Any]) -> Ru
     Raises ValueError, with a diff, when a setting changed that may not.
     """
     folder = RunFolder(Path(recipe.run_dir))
-    fresh = not folder.recipe.is_file()
-    error = None
-    if not fresh:
-        try:
+    error = lock = None
+    try:
+        lock = lock_run(folder) if processes.main else None
+        fresh = not folder.recipe.is_file()
+        if not fresh:
             _check_unchanged(recipe, folder)
-        except ValueError as problem:
-            error = str(problem)
-    processes.agree(error)
-    fingerprints = data_fingerprints(recipe)
-    if fresh:
-        fitted = fit(recipe)
-        if processes.main:
-            run_id = uuid.uuid4().hex
-            write_json(folder.provenance, {"run": run_id, **provenance(recipe.seed, fingerprints)})
-            recipe.save(folder.requested)
-            fitted.save(folder.recipe)
-        processes.barrier()
-    else:
-        fitted = _with_budgets(recipe, folder)
-    known = read_json(folder.provenance)
-    processes.agree(_changed_data(known["data"], fingerprints, folder))
-    return Run(folder, fitted, known["run"], fresh)
+    except ValueError as problem:
+        error = str(problem)
+    try:
+        processes.agree(error)
+        fingerprints = data_fingerprints(recipe)
+        if fresh:
+            _begin(recipe, folder, processes, fit, fingerprints)
+        known = read_json(folder.provenance)
+        processes.agree(_changed_data(known["data"], fingerprints, folder))
+        return Run(folder, _with_budgets(recipe, folder), known["run"], lock)
+    except BaseException:
+        if lock is not None:
+            lock.close()
+        raise
+
+
+def _begin(
+    recipe: Any,
+    folder: RunFolder,
+    processes: Processes,
+    fit: Callable[[Any], Any],
+    fingerprints: dict[str, str],
+) -> None:
+    fitted = fit(recipe)
+    if processes.main:
+        origin = provenance(recipe.seed, fingerprints)
+        write_json(folder.provenance, {"run": uuid.uuid4().hex, **origin})
+        recipe.save(folder.requested)
+        fitted.save(folder.recipe)
+    processes.barrier()
+
+
+def lock_run(folder: RunFolder) -> IO[str]:
+    """Hold the run's folder for as long as the returned file is open; any end of the process frees it.
+
+    Waits a little for a process that is just being ended; then raises ValueError.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    file = (folder.path / LOCK).open("w")
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() > until:
+                file.close()
+                raise ValueError(
+                    f"{folder.path} is being trained by another process; wait for it, end it, or give this "
+                    "run another run_dir"
+                ) from None
+            time.sleep(0.2)
 
 
 def data_fingerprints(recipe: Any) -> dict[str, str]:

@@ -86,8 +86,11 @@ def start_settings(recipe: Any, start: Path | None) -> Any:
 
 def start_model(recipe: Any, start: Path | None) -> Any:
     """The model that a stage starts from, in fp32 on the CPU; equal on every process."""
+    from transformers.utils import logging
+
     from lclm.model.build import build_model
 
+    logging.disable_progress_bar()
     return build_model(start_settings(recipe, start), dtype=torch.float32, device="cpu", seed=recipe.seed)
 
 

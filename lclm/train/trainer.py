@@ -33,6 +33,7 @@ def train(recipe: Any) -> Path:
     """
     processes = start_processes(recipe.engine)
     progress = Progress(main=processes.main)
+    run = None
     try:
         run = open_run(recipe, processes, lambda asked: fit_budgets(asked, processes))
         state, start = State(), None
@@ -51,6 +52,8 @@ def train(recipe: Any) -> Path:
         return run.folder.path
     finally:
         progress.close()
+        if run is not None and run.lock is not None:
+            run.lock.close()
 
 
 class StageTrainer:

@@ -31,7 +31,7 @@ def kill_at(path, run, step, processes=1):
             break
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0][-4000:]
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -85,3 +85,13 @@ def test_a_changed_recipe_is_refused_with_a_diff(whole):
         train(replace(recipe, seed=4))
     recipe.train.log_every = 7
     train(recipe)
+
+
+def test_two_processes_cannot_train_one_run(data, tmp_path):
+    run = tmp_path / "run"
+    path = small.write(tmp_path, small.recipe(data, run))
+    from lclm.checkpoint import RunFolder
+    from lclm.train.runs import lock_run
+
+    with lock_run(RunFolder(run)), pytest.raises(ValueError, match="being trained by another process"):
+        train(load_recipe(path))
