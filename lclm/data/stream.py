@@ -125,11 +125,14 @@ class SourceLane:
         self.source, self.lane, self.lanes = source, lane, lanes
         self.turn, self.index = turn, index
         self._buffer: deque[Held] = deque()
+        self._begun: tuple[int, Run | None] = (-1, None)
 
     def pull(self) -> Held | None:
         """The lane's next sample, or None when all epochs are used up."""
         while True:
-            run = self.source.run(self.lane + self.turn * self.lanes)
+            if self._begun[0] != self.turn:
+                self._begun = self.turn, self.source.run(self.lane + self.turn * self.lanes)
+            run = self._begun[1]
             if run is None:
                 return None
             if self.index < run.stop - run.start:

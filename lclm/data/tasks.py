@@ -62,18 +62,23 @@ class Document:
         if not self.same:
             allowed = np.isin(chars, self.decoder.after(at, 4 * tokens + 16)[0])
             chars, counts = chars[allowed], counts[allowed]
-        whole = np.flatnonzero((counts % ratio == 0) & (counts <= tokens))
-        last = len(self.text)
-        if len(chars) and chars[-1] == last and counts[-1] <= tokens:
-            choices = [len(chars) - 1, *whole[::-1].tolist()]
-        else:
-            choices = whole[::-1].tolist() or list(range(len(chars)))[::-1]
-        for choice in choices[:8]:
+        last, shift, found = len(self.text), 0, None
+        for _ in range(6):
+            fitting = np.flatnonzero(counts + shift <= tokens)
+            if not len(fitting):
+                break
+            whole = fitting[(counts[fitting] + shift) % ratio == 0]
+            to_the_end = chars[fitting[-1]] == last
+            choice = int(whole[-1] if len(whole) and not to_the_end else fitting[-1])
             end = int(chars[choice])
             ids = self.tokenizer.encoder_content.encode(self.text[at:end])
             if 0 < len(ids) <= tokens:
-                return ids, end
-        return None
+                found = found or (ids, end)
+                if len(ids) % ratio == 0 or to_the_end:
+                    return ids, end
+            shift = len(ids) - int(counts[choice])
+            chars, counts = chars[:choice], counts[:choice]
+        return found
 
     def words(
         self, at: int, tokens: int, room: int, ending: int | None
