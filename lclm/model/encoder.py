@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import layer_masks
 from .configuration import LCLMConfig
-from .pooling import place_in_block, pool
+from .pooling import pool
 
 
 class RowEncoder:
@@ -67,10 +67,7 @@ class RowEncoder:
         if block_position is None:
             inputs["input_ids"] = input_ids
         else:
-            place = block_position(place_in_block(block_index).clamp_(max=block_position.num_embeddings - 1))
-            inputs["inputs_embeds"] = embed(input_ids) + place * (block_index >= 0).unsqueeze(-1).to(
-                place.dtype
-            )
+            inputs["inputs_embeds"] = embed(input_ids) + block_position(block_index)
         if self._needs_mask(window_ids):
             causal = not self.config.bidirectional
             inputs["attention_mask"] = layer_masks(encoder.config, window_ids, causal, _dtype(embed))

@@ -19,6 +19,7 @@ from .encoder import RowEncoder
 from .generation import MemoryGeneration
 from .layouts import from_released, released_config, released_folder, save_released
 from .loss import next_token_loss, scale_logits
+from .pooling import place_in_block
 
 
 @dataclass
@@ -40,13 +41,29 @@ class Brackets(nn.Module):
         self.ids = (start_id, end_id)
         self.weight = nn.Parameter(torch.empty(2, width))
 
-    def forward(self, input_ids: Tensor, embeddings: Tensor) -> Tensor:
-        """input_ids [B, D], embeddings [B, D, K] -> [B, D, K]."""
-        ids = input_ids.unsqueeze(-1)
-        weight = self.weight.to(embeddings.dtype)
-        return torch.where(
-            ids == self.ids[0], weight[0], torch.where(ids == self.ids[1], weight[1], embeddings)
-        )
+    def forward(
+        self, input_ids: Tensor, latent_index: Tensor | None, latents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What replaces token embeddings: (index [B, D] into the table, -1 for none; table [M + 2, K])."""
+        table = self.weight if latents is None else torch.cat([latents, self.weight.to(latents.dtype)])
+        index = torch.full_like(input_ids, -1) if latents is None or latent_index is None else latent_index
+        start, end = len(table) - 2, len(table) - 1
+        index = torch.where(input_ids == self.ids[0], start, index)
+        return torch.where(input_ids == self.ids[1], end, index), table
+
+
+class BlockPosition(nn.Module):
+    """A learned embedding of a token's place in its block."""
+
+    def __init__(self, places: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(places, width))
+
+    def forward(self, block_index: Tensor) -> Tensor:
+        """block_index: int64 [E, R] -> [E, R, H]; zero for tokens that are not pooled."""
+        places = len(self.weight)
+        place = torch.where(block_index >= 0, place_in_block(block_index).clamp_(max=places - 1), places)
+        return functional.embedding(place, functional.pad(self.weight, (0, 0, 0, 1)))
 
 
 class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, GenerationMixin):
@@ -75,9 +92,8 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         inputs = encoder_width * (config.ratio if config.pooling == "concat" else 1)
         self.adapter = Adapter(config.adapter, inputs, width, hidden, config.adapter_layers)
         self.brackets = Brackets(config.memory_start_id, config.memory_end_id, width)
-        self.block_position = (
-            nn.Embedding(max(config.ratios), encoder_width) if config.position_in_block else None
-        )
+        places = max(config.ratios)
+        self.block_position = BlockPosition(places, encoder_width) if config.position_in_block else None
         self._rows = RowEncoder(self.encoder, config)
         if config.tie_word_embeddings:
             self._tied_weights_keys = {self._embedding_name("encoder"): self._embedding_name("decoder")}
@@ -91,8 +107,9 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Brackets):
-            init.normal_(module.weight, std=getattr(self.config.decoder_config, "initializer_range", 0.02))
+        if isinstance(module, (Brackets, BlockPosition)):
+            part = self.config.decoder_config if isinstance(module, Brackets) else self.config.encoder_config
+            init.normal_(module.weight, std=getattr(part, "initializer_range", 0.02))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -152,11 +169,10 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
 
     def embed(self, input_ids: Tensor, latent_index: Tensor | None, latents: Tensor | None) -> Tensor:
         """The decoder's input [B, D, K]: token embeddings, brackets, and latents in their slots."""
-        embeddings = self.brackets(input_ids, self.decoder.get_input_embeddings()(input_ids))
-        if latents is None or latent_index is None or len(latents) == 0:
-            return embeddings
-        gathered = functional.embedding(latent_index.clamp(min=0), latents).to(embeddings.dtype)
-        return torch.where((latent_index >= 0).unsqueeze(-1), gathered, embeddings)
+        embeddings = self.decoder.get_input_embeddings()(input_ids)
+        index, table = self.brackets(input_ids, latent_index, latents)
+        gathered = functional.embedding(index.clamp(min=0), table).to(embeddings.dtype)
+        return torch.where((index >= 0).unsqueeze(-1), gathered, embeddings)
 
     def forward(
         self,

@@ -34,11 +34,10 @@ def pool(hidden: Tensor, block_index: Tensor, num_latents: int, pooling: str, ra
     index = torch.where(index >= 0, index, num_latents)
     if pooling == "eos":
         return _scatter(states, index, num_latents)
-    counts = torch.zeros(num_latents + 1, device=index.device).index_add_(
-        0, index, torch.ones_like(index, dtype=torch.float32)
-    )
-    weights = counts.clamp_(min=1).reciprocal_()[index].unsqueeze(-1)
-    return _scatter(states.float() * weights, index, num_latents).to(hidden.dtype)
+    ones = torch.ones(index.shape, device=index.device)
+    counts = torch.zeros(num_latents + 1, device=index.device).index_add_(0, index, ones)[:num_latents]
+    sums = _scatter(states.float(), index, num_latents)
+    return (sums / counts.clamp_(min=1).unsqueeze(-1)).to(hidden.dtype)
 
 
 def _scatter(states: Tensor, index: Tensor, rows: int) -> Tensor:

@@ -52,16 +52,18 @@ def find(path: str) -> Source:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer at `path`; ValueError that names it when it cannot be read."""
+    source = find(path)
     try:
-        return _read(AutoTokenizer, find(path))
+        return _read(AutoTokenizer, source)
     except Exception as error:
         raise ValueError(f"cannot load the tokenizer {path!r}: {why(path, error)}") from error
 
 
 def load_config(path: str) -> PreTrainedConfig:
     """The configuration at `path`; ValueError that names it when it cannot be read."""
+    source = find(path)
     try:
-        return _plain(_read(AutoConfig, find(path)))
+        return _plain(_read(AutoConfig, source))
     except Exception as error:
         raise ValueError(f"cannot load the configuration of {path!r}: {why(path, error)}") from error
 
