@@ -81,4 +81,5 @@ class RowEncoder:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    return module.weight.dtype
+    """Without touching `module.weight`, which sharded engines would gather, on some processes only."""
+    return next(module.parameters()).dtype
