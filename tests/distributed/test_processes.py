@@ -47,6 +47,7 @@ def test_two_processes_killed_and_resumed(data, tmp_path, zero):
     same_run(whole, parts)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused_where_state_is_cut(data, tmp_path):
     path, run = small_recipe(data, tmp_path, "run", zero=1)
     kill_at(path, run, 6, processes=2)

@@ -11,7 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lclm.checkpoint import RunFolder
 from lclm.recipe import load_recipe
+from lclm.train import runs
 from lclm.train.trainer import train
 from tests.end_to_end import small_run as small
 
@@ -87,11 +89,9 @@ def test_a_changed_recipe_is_refused_with_a_diff(whole):
     train(recipe)
 
 
-def test_two_processes_cannot_train_one_run(data, tmp_path):
+def test_two_processes_cannot_train_one_run(data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     path = small.write(tmp_path, small.recipe(data, run))
-    from lclm.checkpoint import RunFolder
-    from lclm.train.runs import lock_run
-
-    with lock_run(RunFolder(run)), pytest.raises(ValueError, match="being trained by another process"):
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.1)
+    with runs.lock_run(RunFolder(run)), pytest.raises(ValueError, match="being trained by another process"):
         train(load_recipe(path))

@@ -37,8 +37,14 @@ def changed(before, after):
     return {part_of(name) for name in after if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+QUICK = [(0, "fp32"), (1, "bf16"), (3, "fp32")]
+EVERY = [(zero, precision) for zero in range(4) for precision in ("fp32", "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
+)
 def test_only_what_learns_changes(data, tmp_path, zero, precision):
     stages = {
         "adapter": small.stage(2, learn=("adapter", "brackets")),
@@ -80,7 +86,9 @@ def test_lora_is_merged_into_the_export(data, tmp_path):
     assert all(("encoder" in name) == ("v_proj" in name) for name in names)
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize(
+    "zero", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_resuming_in_bf16_with_frozen_weights(data, tmp_path, zero):
     """Stopped between two steps and gone on with, at the same world size: the same weights."""
     exports = []
