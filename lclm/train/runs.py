@@ -149,7 +149,7 @@ def _comparable(recipe: Any) -> list[str]:
 
 def _with_budgets(recipe: Any, folder: RunFolder) -> Any:
     """The recipe as now given, with the step counts that the run was given when it began."""
-    written = recipe.read(folder.recipe)
+    written, recipe = recipe.read(folder.recipe), copy.deepcopy(recipe)
     for name, stage in recipe.stages.items():
         kept = written.stages[name]
         stage.steps, stage.tokens, stage.schedule = kept.steps, kept.tokens, kept.schedule
