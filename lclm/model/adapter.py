@@ -88,8 +88,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def start_as_identity(self, scale: float) -> None:
-        """Set the MLP to x -> scale * norm(x): gelu(x) - gelu(-x) = x. `scale`: std of the decoder's
-        embeddings.
+        """Set the MLP to x -> scale * norm(x): gelu(x) - gelu(-x) = x.
 
         Where the widths differ, the first min(width_in, width) places are copied and the rest start at zero.
         """

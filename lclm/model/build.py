@@ -172,7 +172,7 @@ def _new_model(settings: ModelSettings, dtype: torch.dtype) -> LCLMForConditiona
     model.adapter.apply(model._init_weights)
     if settings.decoder.path is None:
         model.brackets.apply(model._init_weights)
-    _start(model, fresh_encoder=settings.encoder.path is None)
+    _start(model, fresh_encoder=settings.encoder.path is None, fresh_decoder=settings.decoder.path is None)
     if settings.decoder.path is None or model.generation_config.eos_token_id is None:
         ends = SpanTokenizer(tokenizer, encoder_tokenizer).end_ids
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -190,10 +190,15 @@ def _part(
 
 
 @torch.no_grad()
-def _start(model: LCLMForConditionalGeneration, *, fresh_encoder: bool) -> None:
-    """Starting values of what is new: an identity adapter, and places in a block."""
+def _start(model: LCLMForConditionalGeneration, *, fresh_encoder: bool, fresh_decoder: bool) -> None:
+    """Starting values of what is new: an identity adapter, and places in a block.
+
+    A trained decoder gets latents of its embeddings' scale. A fresh one gets unit latents: small ones drown in
+    what its first layers add, and it learns to read them several times more slowly.
+    """
     if model.config.adapter_init == "identity":
-        model.adapter.start_as_identity(float(model.get_input_embeddings().weight.float().std()))
+        embeddings = model.get_input_embeddings().weight
+        model.adapter.start_as_identity(1.0 if fresh_decoder else float(embeddings.float().std()))
     if model.block_position is not None:
         std = model.config.encoder_config.initializer_range if fresh_encoder else 0.0
         nn.init.normal_(model.block_position.weight, std=std)

@@ -67,10 +67,14 @@ def test_fresh_model_of_the_tiny_recipes_kind_saves_and_loads(tmp_path):
         model.save_pretrained(tmp_path / "released", layout="released")
 
 
-def test_identity_adapter_starts_at_scaled_normalised_states():
-    model = build_model(settings(adapter_init="identity"))
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh decoder", "trained decoder"])
+def test_identity_adapter_starts_at_scaled_normalised_states(trained):
+    chosen = settings(adapter_init="identity")
+    if trained:
+        chosen.decoder = DecoderSettings(path=str(FIXTURE / "decoder"))
+    model = build_model(chosen)
     states = torch.randn(5, 64)
-    scale = model.get_input_embeddings().weight.std()
+    scale = model.get_input_embeddings().weight.std() if trained else 1.0
     expected = torch.nn.functional.rms_norm(states, (64,), eps=1e-6) * scale
     assert torch.allclose(model.adapter(states, None), expected, atol=1e-6)
 
