@@ -193,8 +193,8 @@ def _part(
 def _start(model: LCLMForConditionalGeneration, *, fresh_encoder: bool, fresh_decoder: bool) -> None:
     """Starting values of what is new: an identity adapter, and places in a block.
 
-    A trained decoder gets latents of its embeddings' scale. A fresh one gets unit latents: small ones drown in
-    what its first layers add, and it learns to read them several times more slowly.
+    A trained decoder gets latents of its embeddings' scale. A fresh one gets unit latents: small ones drown
+    in what its first layers add, and it takes about half again as many steps to learn to read them.
     """
     if model.config.adapter_init == "identity":
         embeddings = model.get_input_embeddings().weight
