@@ -102,22 +102,33 @@ def end_with_launcher() -> None:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, told to keep quiet and, on a CPU, to compile nothing.
-
-    On a CPU it would compile a shared-memory all-reduce, which training does not use, at its start: minutes
-    of g++, and a lock that a process killed meanwhile leaves behind, at which all later ones wait for ever.
-    """
+    """DeepSpeed, told to keep quiet and, on a CPU, to compile nothing."""
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="deepspeed")
     import deepspeed
-    import deepspeed.ops
 
     if not cuda:
-        deepspeed.ops.__compatible_ops__ = {}
+        _use_plain_cpu()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def _use_plain_cpu() -> None:
+    """Set DeepSpeed's CPU accelerator without its shared-memory all-reduce, which training does not use.
+
+    It is compiled at the start: minutes of g++, and a lock that a process killed meanwhile leaves behind, at
+    which all later ones wait for ever.
+    """
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class PlainCPU(CPU_Accelerator):
+        def create_op_builder(self, op_name: str) -> Any:
+            return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
+
+    set_accelerator(PlainCPU())
 
 
 def deepspeed_config(
