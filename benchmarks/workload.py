@@ -149,9 +149,8 @@ class Plain:
         real = (torch.arange(count * window, device=self.device) < len(ids)).view(count, window)
         embeddings = self.model.encoder.get_input_embeddings()(padded)
         if self.model.block_position is not None:
-            embeddings = embeddings + self.model.block_position(
-                torch.arange(window, device=self.device) % ratio
-            )
+            places = torch.arange(window, device=self.device) % ratio
+            embeddings = embeddings + functional.embedding(places, self.model.block_position.weight)
         hidden = self.model.encoder(
             inputs_embeds=embeddings, attention_mask=real.long(), use_cache=False
         ).last_hidden_state
