@@ -98,7 +98,10 @@ class Identity:
             )
         for name in ("zero", "precision"):
             if theirs[name] != getattr(self, name):
-                raise ValueError(f"{path} was written with {name} {theirs[name]}, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{path} was written with {name} {theirs[name]}, not {getattr(self, name)}; set it back, "
+                    "or start a new run with another run_dir"
+                )
         if theirs["processes"] != self.processes and self.zero:
             raise ValueError(
                 f"{path} was written by {theirs['processes']} processes at ZeRO {self.zero}, which cuts the "
