@@ -64,10 +64,14 @@ def train(recipe_path: RecipePath, overrides: Overrides = None) -> None:
     from lclm.recipe import load_recipe
 
     loaded = load_recipe(recipe_path, overrides or [])
+    from lclm.train.processes import leave_processes
     from lclm.train.trainer import train as run
 
     no_loading_bars(loaded.model.init_from, loaded.model.encoder.path, loaded.model.decoder.path)
-    run(loaded)
+    try:
+        run(loaded)
+    finally:
+        leave_processes()
 
 
 @app.command(short_help="Write a page with the plots of a run.")

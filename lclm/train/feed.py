@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lclm.data.batch import Batch, Loader, Step, merge_states
-from lclm.train.engine import Processes
 from lclm.train.metrics import Clock
+from lclm.train.processes import Processes
 
 TOTALS = (
     *("loss_tokens", "source_tokens", "positions", "rows", "latents"),

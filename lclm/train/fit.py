@@ -6,7 +6,7 @@ import copy
 import time
 from typing import Any
 
-from lclm.train.engine import Processes
+from lclm.train.processes import Processes
 from lclm.train.step import Stepper
 
 LEAST_STEPS = 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lclm.checkpoint import RunFolder, provenance, read_json, write_json
-from lclm.train.engine import Processes
+from lclm.train.processes import Processes
 
 MAY_CHANGE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.keep", "train.log_every"),

@@ -24,8 +24,9 @@ from lclm.checkpoint import (
     write_folder,
     write_json,
 )
-from lclm.train.engine import Engine, Processes
+from lclm.train.engine import Engine
 from lclm.train.feed import Tally
+from lclm.train.processes import Processes
 
 STATE = "state.json"
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from lclm.checkpoint import weights_fingerprint
-from lclm.train.engine import Engine, Processes
+from lclm.train.engine import Engine
 from lclm.train.optim import embedding_ids, parameter_groups
+from lclm.train.processes import Processes
 from lclm.train.settings import ActivationCheckpointing, ComponentSettings, LoraSettings, StageSettings
 
 ADAPTER = "lora"

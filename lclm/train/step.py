@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from lclm.data.batch import Step
-from lclm.train.engine import Processes
 from lclm.train.feed import Feed, Tally, inputs
 from lclm.train.guard import Guard
 from lclm.train.metrics import Clock
 from lclm.train.optim import scheduled_rate
+from lclm.train.processes import Processes
 from lclm.train.stages import build_engine, start_processor
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lclm.train.engine import Processes, start_processes
 from lclm.train.fit import fit_budgets
 from lclm.train.metrics import Progress
+from lclm.train.processes import Processes, start_processes
 from lclm.train.runs import Run, open_run
 from lclm.train.saving import (
     STATE,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lclm.data.batch import Batch, Step
-from lclm.train.engine import Processes
 from lclm.train.feed import Tally, inputs
 from lclm.train.metrics import Recorder, matmul_flops, memory_gib, step_flops
+from lclm.train.processes import Processes
 
 if TYPE_CHECKING:
     from lclm.train.trainer import StageTrainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from lclm.train.processes import leave_processes
 from tests.train.toy import ALL, make, same, state_of, step
 
 
@@ -27,6 +28,7 @@ def main() -> None:
             raise AssertionError("three steps in a row should stop the run")
         engine.close()
     print(f"process {rank}: nothing changed")
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import copy
 
 import torch
 
-from lclm.train.engine import Engine, start_processes
+from lclm.train.engine import Engine
 from lclm.train.guard import Guard
 from lclm.train.optim import parameter_groups
+from lclm.train.processes import start_processes
 from lclm.train.settings import ComponentSettings, EngineSettings
 
 ALL = [(zero, precision) for zero in range(4) for precision in ("fp32", "bf16")]
