@@ -31,6 +31,8 @@ from typing import Any, Literal
 import fsspec
 import numpy as np
 
+from lclm.data.index import BadIndex, IndexPages, Shard, Shards
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 KINDS = ("documents", "conversations")
@@ -48,19 +50,6 @@ class Sample:
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One line of the manifest's ``shards``. Sizes are in bytes, checksums are hexadecimal SHA-256."""
-
-    file: str
-    samples: int
-    bytes: int
-    text_bytes: int
-    sha256: str
-    index: str
-    index_sha256: str
 
 
 def check_messages(messages: Any) -> None:
@@ -298,11 +287,15 @@ class DataSet:
     """
 
     def __init__(self, url: str, manifest: dict[str, Any]) -> None:
-        self.url, self.manifest = url, manifest
+        """manifest: as in ``manifest.json``; kept without its ``shards``, which become `self.shards`."""
+        self.url = url
         self.kind: Kind = manifest["kind"]
         self.fingerprint: str = manifest["fingerprint"]
-        self.shards = [Shard(**shard) for shard in manifest["shards"]]
-        self._indexes: dict[int, np.ndarray] = {}
+        self.shards = Shards(manifest["shards"])
+        self.manifest = {name: value for name, value in manifest.items() if name != "shards"}
+        self.num_samples = int(self.shards.samples.sum())
+        self._pages = IndexPages(self._fetch)
+        self._ends_of_runs: dict[int, np.ndarray] = {}
 
     @classmethod
     def open(cls, url: str) -> DataSet:
@@ -329,60 +322,59 @@ class DataSet:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{url}/{MANIFEST} is incomplete ({error}): build the data set again") from error
 
-    @property
-    def num_samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
-
     @cached_property
     def _ends(self) -> np.ndarray:
-        return np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
+        return np.cumsum(self.shards.samples)
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, place in the shard) of the data set's `sample`-th sample."""
         if not 0 <= sample < self.num_samples:
             raise ValueError(f"{self.url} has samples 0 to {self.num_samples - 1}, not {sample}")
         shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, int(sample - (self._ends[shard] - self.shards[shard].samples))
+        return shard, int(sample - (self._ends[shard] - self.shards.samples[shard]))
 
     def runs(self, run_samples: int) -> int:
         """How many runs of at most `run_samples` contiguous samples there are; a run never crosses shards."""
-        return sum(-(-shard.samples // run_samples) for shard in self.shards)
+        ends = self._run_ends(run_samples)
+        return int(ends[-1]) if len(ends) else 0
 
     def run(self, number: int, run_samples: int) -> tuple[int, int, int]:
-        """(shard, start, stop) of run `number`, to be given to ``read``."""
-        rest = number
-        for place, shard in enumerate(self.shards):
-            here = -(-shard.samples // run_samples)
-            if 0 <= rest < here:
-                return place, rest * run_samples, min(shard.samples, (rest + 1) * run_samples)
-            rest -= here
-        raise ValueError(f"{self.url} has {self.runs(run_samples)} runs of {run_samples}, no run {number}")
+        """(shard, start, stop) of run `number`, to be given to ``read``; the last is found as fast as the first."""
+        ends = self._run_ends(run_samples)
+        if not 0 <= number < self.runs(run_samples):
+            raise ValueError(
+                f"{self.url} has {self.runs(run_samples)} runs of {run_samples}, no run {number}"
+            )
+        shard = int(np.searchsorted(ends, number, side="right"))
+        samples = int(self.shards.samples[shard])
+        start = (number - int(ends[shard]) + -(-samples // run_samples)) * run_samples
+        return shard, start, min(samples, start + run_samples)
 
-    def index(self, shard: int) -> np.ndarray:
-        """Index of a shard, int64 [samples, 4]: offset, bytes, bytes of text, CRC-32."""
-        if shard not in self._indexes:
-            entry = self.shards[shard]
-            data = self._fetch(entry.index)
-            try:
-                rows = np.load(io.BytesIO(data), allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                raise self._damaged(entry.index, str(error)) from error
-            if rows.dtype != np.int64 or rows.shape != (entry.samples, 4):
-                shape = f"{rows.dtype} {list(rows.shape)}"
-                raise self._damaged(entry.index, f"{shape}, not int64 [{entry.samples}, 4]")
-            self._indexes[shard] = rows
-        return self._indexes[shard]
+    def _run_ends(self, run_samples: int) -> np.ndarray:
+        """Runs up to the end of each shard."""
+        if run_samples not in self._ends_of_runs:
+            self._ends_of_runs[run_samples] = np.cumsum(-(-self.shards.samples // run_samples))
+        return self._ends_of_runs[run_samples]
 
-    def text_bytes(self, shard: int) -> np.ndarray:
-        """Bytes of text of each sample of a shard, int64 [samples]."""
-        return self.index(shard)[:, 2]
+    def index(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of a shard's index, int64 [rows, 4]: offset, bytes, text's bytes, CRC-32."""
+        samples = int(self.shards.samples[shard])
+        file = self.shards[shard].index
+        try:
+            return self._pages.rows(file, samples, start, samples if stop is None else min(samples, stop))
+        except BadIndex as error:
+            raise self._damaged(file, str(error)) from error
+
+    def text_bytes(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Bytes of text of samples `start` to `stop` of a shard, int64 [samples]."""
+        return self.index(shard, start, stop)[:, 2]
 
     def read(self, shard: int, start: int, stop: int) -> list[Sample]:
         """Samples `start` to `stop` (not included) of a shard, by one byte-range request.
 
         :raises ValueError: a shard that is missing, cut short or damaged; the message names file and sample.
         """
-        rows = self.index(shard)[start:stop]
+        rows = self.index(shard, start, stop)
         if len(rows) == 0:
             return []
         name, first = self.shards[shard].file, int(rows[0, 0])

@@ -156,7 +156,7 @@ class SourceLane:
 
     def _read(self, run: Run, turn: int, index: int, stop: int) -> list[Held]:
         """Samples `index` up to `stop` of the run, fewer when they are long."""
-        sizes = self.source.data.text_bytes(run.shard)[run.start + index : run.start + stop].cumsum()
+        sizes = self.source.data.text_bytes(run.shard, run.start + index, run.start + stop).cumsum()
         count = max(1, int((sizes <= READ_BYTES).sum()))
         first = run.start + index
         samples = self.source.data.read(run.shard, first, first + count)
