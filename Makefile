@@ -3,13 +3,14 @@
 VENV ?= .venv
 # FRESH=1 with `make train`: delete what it made before (data, run) and do it again
 FRESH ?=
+KILLS ?= 50
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lclm-$(shell cat setup.cfg constraints.txt | cksum | cut -d' ' -f1)
 export PATH := $(abspath $(BIN)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup train test test-all lint format clean
+.PHONY: help setup train test test-all kills lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +30,9 @@ test: $(STAMP)  ## the tests, without those marked slow
 
 test-all: $(STAMP)  ## every test
 	@python -m pytest -q -n 2 --dist loadfile
+
+kills: $(STAMP)  ## kill small training runs KILLS times (50), see that each ends as if it had not been; half an hour
+	@python -m tests.distributed.kills --kills $(KILLS)
 
 lint: $(STAMP)  ## style and types
 	@ruff check . && ruff format --check . && mypy
