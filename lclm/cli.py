@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -60,17 +62,21 @@ def train(recipe_path: RecipePath, overrides: Overrides = None) -> None:
 
     The run folder then holds the resolved recipe, checkpoints, metrics.jsonl, TensorBoard logs and the export
     of every stage. A run that is complete says so and changes nothing.
+
+    Exit codes: 0 complete, 2 an error that a restart will not help, 75 stopped as asked (SIGTERM, SIGINT,
+    SIGUSR1, a time limit), 76 another process was lost: after 75 and 76 the same command goes on.
     """
-    from lclm.recipe import load_recipe
+    from lclm.train.ends import Stop
 
-    loaded = load_recipe(recipe_path, overrides or [])
-    from lclm.train.processes import leave_processes
-    from lclm.train.trainer import train as run
+    with Stop() as stop:
+        from lclm.recipe import load_recipe
 
-    no_loading_bars(loaded.model.init_from, loaded.model.encoder.path, loaded.model.decoder.path)
-    try:
-        run(loaded)
-    finally:
+        loaded = load_recipe(recipe_path, overrides or [])
+        from lclm.train.processes import leave_processes
+        from lclm.train.trainer import train as run
+
+        no_loading_bars(loaded.model.init_from, loaded.model.encoder.path, loaded.model.decoder.path)
+        run(loaded, stop)
         leave_processes()
 
 
@@ -371,15 +377,31 @@ def show_error(error: BaseException) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command; a user's or the machine's error ends it with exit code 2 and without a traceback."""
+    """Run the command. A user's or the machine's error ends it with exit code 2 and without a traceback.
+
+    Codes of `lclm train` are those of lclm.train.ends.
+    """
+    from lclm.train import ends
+
+    end = cast("Callable[[int], NoReturn]", ends.end if arguments is None else sys.exit)
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
         return app(args=[argument for argument in arguments if argument != "--debug"], prog_name="lclm")
+    except ends.Requeue as stopped:
+        typer.echo(f"stopped: {stopped}; the same command goes on")
+        end(ends.REQUEUE)
+    except ends.Lost as lost:
+        show_error(lost)
+        end(ends.LOST)
     except (ValueError, OSError) as error:
         if debug:
-            raise
+            traceback.print_exc()
+            end(1)
         show_error(error)
-        sys.exit(2)
+        end(ends.WRONG)
     except KeyboardInterrupt:
-        sys.exit(130)
+        end(130)
+    except Exception:
+        traceback.print_exc()
+        end(1)

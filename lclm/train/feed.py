@@ -15,7 +15,7 @@ from lclm.train.processes import Processes
 
 TOTALS = (
     *("loss_tokens", "source_tokens", "positions", "rows", "latents"),
-    *("positions_budget", "rows_budget", "latents_budget", "samples", "save"),
+    *("positions_budget", "rows_budget", "latents_budget", "samples", "save", "stop"),
 )
 """What `Tally` sums over all processes before the first forward pass of a step."""
 
@@ -88,15 +88,15 @@ def inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
 class Tally:
     """What a step has, summed over all processes: one collective at its start, one per micro-batch."""
 
-    def __init__(self, step: Step, processes: Processes, save: bool) -> None:
-        """`save`: whether this process asks for a checkpoint after the step."""
+    def __init__(self, step: Step, processes: Processes, save: bool = False, stop: bool = False) -> None:
+        """`save`, `stop`: whether this process asks for a checkpoint, or the run's end, after the step."""
         self._processes = processes
         self.names = step.micro_batches[0].task_names
         self._step = step
         self._bad: list[str] = []
         self.not_finite = self.skipped = False
         tasks = torch.cat([batch.task_ids for batch in step])
-        own = [float(value) for value in self._own(step, save)]
+        own = [float(value) for value in self._own(step, save, stop)]
         own += torch.bincount(tasks, minlength=len(self.names)).tolist()
         reduced = processes.sum(torch.tensor(own, dtype=torch.float64, device=processes.device)).tolist()
         self.totals = dict(zip(TOTALS, reduced, strict=False))
@@ -104,7 +104,7 @@ class Tally:
         self._sums = [0.0] * (len(self.names) + 1)
 
     @staticmethod
-    def _own(step: Step, save: bool) -> list[float]:
+    def _own(step: Step, save: bool, stop: bool) -> list[float]:
         batches = list(step)
         capacity = [sum(batch.capacity[i] for batch in batches) for i in range(3)]
         return [
@@ -116,6 +116,7 @@ class Tally:
             *capacity,
             len(step.keys),
             save,
+            stop,
         ]
 
     @property
@@ -132,6 +133,11 @@ class Tally:
     def save(self) -> bool:
         """Whether any process asks for a checkpoint."""
         return self.totals["save"] > 0
+
+    @property
+    def stop(self) -> bool:
+        """Whether any process wants to stop after the step."""
+        return self.totals["stop"] > 0
 
     @property
     def empty(self) -> bool:

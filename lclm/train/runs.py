@@ -18,6 +18,8 @@ from lclm.train.processes import Processes
 MAY_CHANGE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.keep", "train.log_every"),
     *("train.validate_every", "train.validate_batches", "train.probe_every", "train.peak_tflops"),
+    *("train.stop_after_steps", "train.stop_after_minutes", "train.stop_before_limit_minutes"),
+    *("train.save", "train.snapshot_folder", "train.max_failed_saves"),
     *("probes", "run_dir", "name", "engine.timeout_minutes", "data.workers", "data.prefetch"),
 )
 """Settings that a run may go on with changed: logging, retention, wall time, launcher. No others."""

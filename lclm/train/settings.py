@@ -125,10 +125,16 @@ class TrainSettings:
     save_every_steps: int | None = 500
     save_every_minutes: float | None = None
     keep: int = 2  # newest training checkpoints kept
+    save: str = "async"  # async: a snapshot in memory, written while training goes on | sync
+    snapshot_folder: str = "/dev/shm"  # a file system in memory
+    max_failed_saves: int = 3  # checkpoints in a row that could not be written before the run stops
     log_every: int = 10  # steps between lines of metrics.jsonl
     validate_every: int | None = None  # steps; null = only at the end of each stage
     validate_batches: int = 8  # held-out batches, each as large as a step's; 0 = no validation
     probe_every: int | None = None  # steps; null = only at the end of the run
+    stop_after_steps: int | None = None  # of one start; saved, exit code 75: start again to go on
+    stop_after_minutes: float | None = None  # of one start, likewise
+    stop_before_limit_minutes: float = 3.0  # likewise, before the scheduler's limit, where it tells one
     fit_minutes: float | None = None  # scale all stages' budgets down so that their steps take at most this
     fit_steps: int = 8  # steps of each stage measured for it
     max_skips_in_a_row: int = 5  # non-finite steps before the run stops
@@ -142,7 +148,15 @@ class TrainSettings:
             "keep",
             "log_every",
             "max_skips_in_a_row",
+            "max_failed_saves",
+            "stop_after_steps",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} is {value}; it must be at least 1")
+        if self.save not in ("async", "sync"):
+            raise ValueError(f"train.save is {self.save!r}; use async or sync")
+        for name in ("stop_after_minutes", "stop_before_limit_minutes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"train.{name} is {value}; it must be at least 0")

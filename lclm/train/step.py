@@ -43,15 +43,16 @@ class Stepper:
         stage_step: int,
         progress: float,
         norms: bool,
-        save: bool,
+        save: bool = False,
+        stop: bool = False,
     ) -> Tally:
         """Take one step, or none if anything in the global batch is not finite. Collective.
 
         step, stage_step: steps done in the run and in the stage. norms: whether gradient norms will be asked
-        for. save: whether this process wants a checkpoint after the step.
+        for. save, stop: whether this process wants a checkpoint, or to stop, after the step.
         """
         engine, guard, clock = self.engine.deepspeed, self.guard, self.clock
-        tally = Tally(batches, self.processes, save)
+        tally = Tally(batches, self.processes, save, stop)
         torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 65_537 + self.processes.rank)
         self.engine.apply_settings(self.rates(stage_step, progress))
         guard.start_step(watch_norms=norms)

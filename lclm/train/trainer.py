@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lclm.train.ends import Requeue, Stop
 from lclm.train.fit import fit_budgets
 from lclm.train.metrics import Progress
 from lclm.train.processes import Processes, start_processes
@@ -25,12 +26,14 @@ from lclm.train.step import Stepper
 from lclm.train.watch import Watcher
 
 
-def train(recipe: Any) -> Path:
+def train(recipe: Any, stop: Stop | None = None) -> Path:
     """Train a recipe, or go on where it stopped; returns the run's folder. Called alike in every process.
 
     Processes come from torchrun's environment (one without it). Raises ValueError with what, where and how to
-    fix it: a changed recipe, damaged or foreign checkpoints, non-finite steps in a row, a full disk.
+    fix it: a changed recipe, damaged or foreign checkpoints, non-finite steps in a row, a full disk; Requeue
+    when it was asked to stop (`stop`: by whom; the recipe's limits count in any case).
     """
+    stop = stop or Stop()
     processes = start_processes(recipe.engine)
     progress = Progress(main=processes.main)
     run = None
@@ -43,7 +46,9 @@ def train(recipe: Any) -> Path:
                 state = State.read(folder.done)
                 progress.say(f"stage {name} is complete")
             else:
-                state = StageTrainer(run, index, state.next_stage(), start, processes, progress).train()
+                stop_together(stop, recipe, processes)
+                stage = StageTrainer(run, index, state.next_stage(), start, processes, progress, stop)
+                state = stage.train()
             start = folder.export
         processes.barrier()
         if processes.main and not run.folder.export.is_dir():
@@ -54,6 +59,13 @@ def train(recipe: Any) -> Path:
         progress.close()
         if run is not None and run.lock is not None:
             run.lock.close()
+
+
+def stop_together(stop: Stop, recipe: Any, processes: Processes) -> None:
+    """Raise Requeue on all processes if any wants to stop. Collective."""
+    wishes = [reason for reason in processes.gather(stop.wanted(recipe.train)) if reason]
+    if wishes:
+        raise Requeue(wishes[0])
 
 
 class StageTrainer:
@@ -67,7 +79,9 @@ class StageTrainer:
         start: Path | None,
         processes: Processes,
         progress: Progress,
+        stop: Stop,
     ) -> None:
+        self.stop = stop
         self.run, self.recipe, self.start = run, run.recipe, start
         self.processes, self.progress = processes, progress
         self.name = list(self.recipe.stages)[index]
@@ -89,27 +103,43 @@ class StageTrainer:
 
     def train(self) -> State:
         """The loop. Returns the state at the end of the stage."""
-        state, stepper = self.state, self.stepper
         with Watcher(self) as watcher:
-            while self.made < 1:
-                tally = stepper.step(
-                    stepper.feed.next_step(stepper.clock),
-                    step=state.step,
-                    stage_step=state.stage_step,
-                    progress=self.made,
-                    norms=watcher.line_is_due(state.stage_step + 1),
-                    save=watcher.save_is_wanted(),
-                )
-                if tally.empty:
-                    self.progress.say(f"stage {self.name} ends early: the data's epochs are used up")
-                    break
-                state.add(tally)
-                watcher.after_step(tally)
-                if watcher.save_is_due(tally):
-                    self.save(watcher)
-            watcher.at_end()
-            self.finish(watcher)
-        return state
+            with self.stop.at_step_ends():
+                self.take_steps(watcher)
+            with self.stop.at_once():
+                watcher.at_end()
+                self.finish(watcher)
+        return self.state
+
+    def take_steps(self, watcher: Watcher) -> None:
+        """Steps until the stage's budget or the data is used up; Requeue where a process wants to stop.
+
+        Ends with a checkpoint in any case: nothing that follows can lose a step.
+        """
+        state, stepper, stop, saved = self.state, self.stepper, self.stop, self.resumed
+        while self.made < 1:
+            tally = stepper.step(
+                stepper.feed.next_step(stepper.clock),
+                step=state.step,
+                stage_step=state.stage_step,
+                progress=self.made,
+                norms=watcher.line_is_due(state.stage_step + 1),
+                save=watcher.save_is_wanted(),
+                stop=stop.wanted(self.recipe.train, steps=1) is not None,
+            )
+            if tally.empty:
+                self.progress.say(f"stage {self.name} ends early: the data's epochs are used up")
+                break
+            state.add(tally)
+            stop.steps += 1
+            watcher.after_step(tally)
+            if saved := tally.stop or watcher.save_is_due(tally):
+                self.save(watcher)
+            if tally.stop:
+                reason = stop.wanted(self.recipe.train) or "another process was asked to stop"
+                raise Requeue(f"{reason}; saved after step {state.step:,}")
+        if not saved:
+            self.save(watcher)
 
     @property
     def made(self) -> float:

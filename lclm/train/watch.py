@@ -78,7 +78,7 @@ class Watcher:
     def save_is_due(self, tally: Tally) -> bool:
         """Whether all processes save now."""
         every = self.settings.save_every_steps
-        return self.trainer.made < 1 and (tally.save or bool(every and self.state.stage_step % every == 0))
+        return tally.save or bool(every and self.state.stage_step % every == 0)
 
     def saved(self) -> None:
         """A checkpoint was written."""
