@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Batch:
     every label that bears loss, in row-major order. keys: sample keys of each row. lanes: lane of each row.
     source_tokens: before compression, by task. positions, row_tokens, latents_used: real ones, of capacity
     (the same three with padding). dropped: samples left out or shortened since the last pack, by reason.
+    read: samples read since then. damage: what was wrong with some that were damaged, naming files.
     """
 
     arrays: dict[str, torch.Tensor]
@@ -41,6 +42,8 @@ class Batch:
     latents_used: int
     capacity: tuple[int, int, int]
     dropped: dict[str, int]
+    read: int = 0
+    damage: list[str] = field(default_factory=list)
 
     @property
     def loss_tokens(self) -> int:
@@ -83,6 +86,16 @@ class Step:
         for batch in self.micro_batches:
             total.update(batch.dropped)
         return dict(total)
+
+    @property
+    def read(self) -> int:
+        """Samples read for the step, those left out included."""
+        return sum(batch.read for batch in self.micro_batches)
+
+    @property
+    def damage(self) -> list[str]:
+        """What was wrong with some of the samples that were left out."""
+        return [note for batch in self.micro_batches for note in batch.damage]
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.micro_batches)
@@ -147,4 +160,6 @@ def make_batch(items: Sequence[LaidOut], names: list[str], shape: PackSettings, 
         latents_used=used[2],
         capacity=(count * shape.positions, count * shape.rows * row_length, count * shape.latents),
         dropped=dict(dropped),
+        read=sum(item.pack.read for item in items),
+        damage=[note for item in items for note in item.pack.damage],
     )

@@ -83,6 +83,7 @@ def make_lanes(
             geometry,
             lookahead=settings.lookahead,
             cursor=(cursors or {}).get(str(number)),
+            reading=settings.reading,
         )
         for number in numbers
     ]
@@ -98,6 +99,7 @@ def _open_sources(settings: DataSettings, names: Iterable[str], seed: int) -> di
             seed=seed,
             run_samples=settings.run_samples,
             epochs=settings.epochs,
+            reading=settings.reading,
         )
         for name in sorted(names)
     }

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lclm.data.reading import LANE_LEAST, LANE_MOST, Damaged, count_damaged, too_many
 from lclm.data.room import Room
-from lclm.data.settings import PackSettings
+from lclm.data.settings import PackSettings, ReadingSettings
 from lclm.data.stream import Held, Place, Source, SourceLane
 from lclm.data.tasks import Chat, Cut, Document, Task
 from lclm.model.spans import Example, Geometry
@@ -24,6 +25,8 @@ __all__ = ["Lane", "Pack", "PackSettings", "carried"]
 
 SLACK = 0.02
 """Part of the row tokens by which positions and rows may be out of balance before a pack is nearly full."""
+NOTES = 4
+"""Damaged samples that a pack describes at most."""
 MOST_DROPPED = 10_000
 """Conversations dropped one after another before the lane gives up."""
 
@@ -33,8 +36,9 @@ class Pack:
     """One training row before it is laid out.
 
     used: decoder positions, row tokens and latents. source_tokens: before compression, by task. dropped:
-    samples left out or shortened since the last pack, by "task: reason". cursor: where the lane stands
-    after this pack.
+    samples left out or shortened since the last pack, by "task: reason", or "source: reason" where they were
+    damaged. cursor: where the lane stands after this pack. read: samples read since the last pack. damage:
+    what was wrong with some of those dropped, naming files.
     """
 
     lane: int
@@ -43,6 +47,8 @@ class Pack:
     source_tokens: dict[str, int]
     dropped: dict[str, int]
     cursor: dict[str, Any]
+    read: int = 0
+    damage: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -100,16 +106,21 @@ class Lane:
         *,
         lookahead: int = 32,
         cursor: Mapping[str, Any] | None = None,
+        reading: ReadingSettings | None = None,
     ) -> None:
         cursor = cursor or {}
+        self.reading = reading or ReadingSettings()
         self.number, self.pack, self.geometry = number, pack, geometry
         self.packs = int(cursor.get("packs", 0))
         self.dropped = Counter(cursor.get("dropped", {}))
         self._new_dropped: Counter[str] = Counter()
+        self._read_before = self._last_read = int(cursor.get("read", 0))
+        self._damage: list[str] = []
         places = cursor.get("sources", {})
         self.streams = {
-            name: SourceLane(source, number, lanes, *places.get(name, (0, 0)))
+            name: SourceLane(source, number, lanes, turn, index, self._skip)
             for name, source in sources.items()
+            for turn, index in [places.get(name, (0, 0))]
         }
         self._unused = {name: place for name, place in places.items() if name not in self.streams}
         total = sum(shares.values())
@@ -137,8 +148,9 @@ class Lane:
                     self._orphans.setdefault(source, []).append(list(record))
                     continue
                 sample = self.streams[source].fetch(Place(run, index))
-                sample.offset = offset
-                self._hold(entry, sample)
+                if sample is not None:
+                    sample.offset = offset
+                    self._hold(entry, sample)
 
     def cursor(self) -> dict[str, Any]:
         """Where the lane stands, as plain data: enough to make all packs that follow."""
@@ -153,6 +165,7 @@ class Lane:
             | {name: [stream.turn, stream.index] for name, stream in self.streams.items()},
             "held": held,
             "dropped": dict(self.dropped),
+            "read": self.read,
         }
 
     def next_pack(self) -> Pack:
@@ -166,6 +179,8 @@ class Lane:
             raise ValueError(self._too_small())
         self.packs += 1
         dropped, self._new_dropped = dict(self._new_dropped), Counter()
+        damage, self._damage = self._damage, []
+        read, self._last_read = self.read - self._last_read, self.read
         room, whole = filling.room, Room(self.pack, self.geometry)
         return Pack(
             lane=self.number,
@@ -182,7 +197,26 @@ class Lane:
             },
             dropped=dropped,
             cursor=self.cursor(),
+            read=read,
+            damage=damage,
         )
+
+    @property
+    def read(self) -> int:
+        """Samples that the lane has come past since the run began."""
+        return self._read_before + sum(stream.passed for stream in self.streams.values())
+
+    def _skip(self, source: str, problem: Damaged) -> None:
+        """Count a sample that cannot be used. ValueError where nearly all of a lane's samples are such.
+
+        Whether a few are too many is decided over all lanes together, once per step.
+        """
+        self.drop(source, problem.reason)
+        if len(self._damage) < NOTES:
+            self._damage.append(f"{problem.file} ({problem.reason})")
+        own, most = count_damaged(self.dropped), min(self.reading.max_skipped, LANE_MOST)
+        if own > max(LANE_LEAST, most, (1 + self.reading.max_skipped_share) / 2 * self.read):
+            raise ValueError(too_many(self.dropped, self.read, [str(problem)], self.reading))
 
     def drop(self, task: str, reason: str) -> None:
         """Count something that was left out or shortened."""

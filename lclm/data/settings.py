@@ -54,6 +54,39 @@ class PackSettings:
 
 
 @dataclass
+class ReadingSettings:
+    """What to do about reads that fail and samples that are damaged. None of it changes the order of data.
+
+    A read that fails is tried again `retries` times, after `wait_seconds`, then twice that, and so on, give
+    or take a half. timeout_seconds: limit of one try at a remote read. A sample that is still damaged,
+    missing or unreadable is left out and counted. The run stops when more than max_skipped samples and more
+    than max_skipped_share of all samples read so far had to be.
+    """
+
+    retries: int = 6
+    wait_seconds: float = 0.5
+    timeout_seconds: float = 30.0
+    max_skipped: int = 32
+    max_skipped_share: float = 0.001
+
+    def validate(self, where: str = "data.reading") -> None:
+        """ValueError for a value out of range."""
+        for name in ("retries", "wait_seconds", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{where}.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"{where}.timeout_seconds is {self.timeout_seconds}; it must be above 0")
+        if not 0 <= self.max_skipped_share < 1:
+            raise ValueError(
+                f"{where}.max_skipped_share is {self.max_skipped_share}; it must be at least 0 and below 1"
+            )
+
+    def allows(self, damaged: int, read: int) -> bool:
+        """Whether a run may go on that had to leave out `damaged` of `read` samples."""
+        return damaged <= max(self.max_skipped, self.max_skipped_share * read)
+
+
+@dataclass
 class TaskSettings:
     """One way of making examples. An option that the task does not use must be left out.
 
@@ -123,9 +156,10 @@ class DataSettings:
     lanes / (processes x micro_batch). workers: background processes per process (0: none); any number gives
     the same batches. prefetch: packs that each worker keeps ready. run_samples: neighbouring samples of a
     shard that are read together. lookahead: conversations that a lane holds to choose from (documents: a
-    quarter of it). epochs: stop after so many passes over each source; null goes on for ever. pack: the shape
-    of one pack. sources, heldout: data to learn from, and data kept for validation and probes. mixture:
-    shares of the source tokens by task name, of any sum; a stage may have its own.
+    quarter of it). epochs: stop after so many passes over each source; null goes on for ever. reading: what
+    to do about reads that fail. pack: the shape of one pack. sources, heldout: data to learn from, and data
+    kept for validation and probes. mixture: shares of the source tokens by task name, of any sum; a stage may
+    have its own.
     """
 
     lanes: int = 8
@@ -135,6 +169,7 @@ class DataSettings:
     run_samples: int = 32
     lookahead: int = 32
     epochs: int | None = None
+    reading: ReadingSettings = field(default_factory=ReadingSettings)
     pack: PackSettings = field(default_factory=PackSettings)
     sources: dict[str, SourceSettings] = field(default_factory=dict)
     heldout: dict[str, SourceSettings] = field(default_factory=dict)
@@ -160,6 +195,7 @@ class DataSettings:
                 f"{where}.lanes ({self.lanes}) must be a multiple of {where}.micro_batch ({self.micro_batch})"
             )
         self.pack.validate(f"{where}.pack")
+        self.reading.validate(f"{where}.reading")
         for group in ("sources", "heldout"):
             for name, source in getattr(self, group).items():
                 if not source.path:

@@ -32,6 +32,18 @@ import fsspec
 import numpy as np
 
 from lclm.data.index import BadIndex, IndexPages, Shard, Shards
+from lclm.data.reading import (
+    BAD_INDEX,
+    CHECKSUM,
+    CUT_SHORT,
+    MISSING,
+    NO_INDEX,
+    UNREADABLE,
+    UNUSABLE,
+    Damaged,
+    Reader,
+)
+from lclm.data.settings import ReadingSettings
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -286,7 +298,7 @@ class DataSet:
     one shard in one byte-range request.
     """
 
-    def __init__(self, url: str, manifest: dict[str, Any]) -> None:
+    def __init__(self, url: str, manifest: dict[str, Any], reader: Reader | None = None) -> None:
         """manifest: as in ``manifest.json``; kept without its ``shards``, which become `self.shards`."""
         self.url = url
         self.kind: Kind = manifest["kind"]
@@ -294,23 +306,26 @@ class DataSet:
         self.shards = Shards(manifest["shards"])
         self.manifest = {name: value for name, value in manifest.items() if name != "shards"}
         self.num_samples = int(self.shards.samples.sum())
-        self._pages = IndexPages(self._fetch)
+        self._reader = reader or Reader(url)
+        self._pages = IndexPages(self._fetch_index)
         self._ends_of_runs: dict[int, np.ndarray] = {}
 
     @classmethod
-    def open(cls, url: str) -> DataSet:
-        """Read the manifest of the data set in folder `url`.
+    def open(cls, url: str, settings: ReadingSettings | None = None) -> DataSet:
+        """Read the manifest of the data set in folder `url`. settings: how often reads are tried.
 
-        :raises ValueError: no manifest there, one that is damaged, or one of another schema.
+        :raises ValueError: no manifest there, one that is damaged, unreadable, or of another schema.
         """
         url = str(url).rstrip("/")
-        fs, path = fsspec.url_to_fs(url)
+        reader = Reader(url, settings)
         try:
-            manifest = json.loads(fs.cat_file(f"{path}/{MANIFEST}"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(_no_manifest(fs, path, url)) from error
-        except ValueError as error:
-            raise ValueError(f"{url}/{MANIFEST} is damaged ({error}): build the data set again") from error
+            manifest, problem = reader.read(MANIFEST, None, None, _parse_json)
+        except FileNotFoundError as error:
+            raise ValueError(_no_manifest(url)) from error
+        except OSError as error:
+            raise ValueError(f"{error}; see that its store can be reached from this machine") from error
+        if problem is not None:
+            raise ValueError(f"{url}/{MANIFEST} is damaged ({problem}): build the data set again")
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise ValueError(
@@ -318,7 +333,7 @@ class DataSet:
                 "again with this version of lclm, or read it with the version that wrote it"
             )
         try:
-            return cls(url, manifest)
+            return cls(url, manifest, reader)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{url}/{MANIFEST} is incomplete ({error}): build the data set again") from error
 
@@ -339,7 +354,7 @@ class DataSet:
         return int(ends[-1]) if len(ends) else 0
 
     def run(self, number: int, run_samples: int) -> tuple[int, int, int]:
-        """(shard, start, stop) of run `number`, to be given to ``read``; the last is found as fast as the first."""
+        """(shard, start, stop) of run `number`, to be given to ``read``. All are found equally fast."""
         ends = self._run_ends(run_samples)
         if not 0 <= number < self.runs(run_samples):
             raise ValueError(
@@ -363,7 +378,7 @@ class DataSet:
         try:
             return self._pages.rows(file, samples, start, samples if stop is None else min(samples, stop))
         except BadIndex as error:
-            raise self._damaged(file, str(error)) from error
+            raise self._damaged(file, str(error), BAD_INDEX) from error
 
     def text_bytes(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Bytes of text of samples `start` to `stop` of a shard, int64 [samples]."""
@@ -374,22 +389,65 @@ class DataSet:
 
         :raises ValueError: a shard that is missing, cut short or damaged; the message names file and sample.
         """
-        rows = self.index(shard, start, stop)
-        if len(rows) == 0:
-            return []
-        name, first = self.shards[shard].file, int(rows[0, 0])
-        data = self._fetch(name, first, int(rows[-1, 0] + rows[-1, 1]))
         samples = []
-        for place, (offset, size, _, crc) in enumerate(rows.tolist(), start):
-            record = data[offset - first : offset - first + size]
-            if len(record) < size:
-                raise self._damaged(name, f"cut short at sample {place} (byte {first + len(data)})")
-            if zlib.crc32(record) != crc:
-                raise self._damaged(
-                    name, f"wrong CRC-32 of sample {place} (bytes {offset} to {offset + size})"
-                )
-            samples.append(self._decode(record, name, place))
+        for item in self.read_each(shard, start, stop):
+            if isinstance(item, Damaged):
+                raise item
+            samples.append(item)
         return samples
+
+    def read_each(self, shard: int, start: int, stop: int) -> list[Sample | Damaged]:
+        """The same, with what is wrong in the place of every sample that cannot be used."""
+        stop = min(stop, int(self.shards.samples[shard]))
+        if start >= stop:
+            return []
+        try:
+            rows = self.index(shard, start, stop)
+        except Damaged as problem:
+            return [problem] * (stop - start)
+        entry = self.shards[shard]
+        ends = rows[:, 0] + rows[:, 1]
+        inside = (rows[:, 0] >= 0) & (rows[:, 1] > 0) & (rows[:, 1] <= entry.bytes) & (ends <= entry.bytes)
+        if inside.all() and (rows[1:, 0] == ends[:-1]).all():
+            return self._read_rows(entry.file, rows, start)
+        found: list[Sample | Damaged] = []
+        for place, (row, fits) in enumerate(zip(rows, inside, strict=True), start):
+            if fits:
+                found += self._read_rows(entry.file, row[None], place)
+            else:
+                found.append(self._damaged(entry.index, f"wrong place of sample {place}", BAD_INDEX))
+        return found
+
+    def _read_rows(self, name: str, rows: np.ndarray, start: int) -> list[Sample | Damaged]:
+        """Neighbouring samples from the one numbered `start` on, by one request."""
+        first, end = int(rows[0, 0]), int(rows[-1, 0] + rows[-1, 1])
+
+        def parse(data: bytes) -> tuple[list[Sample | Damaged], bool]:
+            found = [
+                self._examine(data, name, place, offset - first, size, crc)
+                for place, (offset, size, _, crc) in enumerate(rows.tolist(), start)
+            ]
+            return found, not any(isinstance(item, Damaged) for item in found)
+
+        try:
+            return self._reader.read(name, first, end, parse)
+        except FileNotFoundError:
+            return [self._missing(name, MISSING)] * len(rows)
+        except OSError as error:
+            return [Damaged(str(error), UNREADABLE, f"{self.url}/{name}")] * len(rows)
+
+    def _examine(
+        self, data: bytes, name: str, place: int, offset: int, size: int, crc: int
+    ) -> Sample | Damaged:
+        record = data[offset : offset + size]
+        if len(record) < size:
+            return self._damaged(name, f"cut short at sample {place}", CUT_SHORT)
+        if zlib.crc32(record) != crc:
+            return self._damaged(name, f"wrong CRC-32 of sample {place}", CHECKSUM)
+        try:
+            return self._decode(record, name, place)
+        except Damaged as problem:
+            return problem
 
     def _decode(self, record: bytes, name: str, place: int) -> Sample:
         members, key = {}, ""
@@ -406,32 +464,55 @@ class DataSet:
             return Sample(key, messages=meta["messages"], meta=meta["meta"])
         except (tarfile.TarError, KeyError, ValueError, TypeError) as error:
             what = f"sample {place} ({key or 'no key'}) is not a {self.kind} sample"
-            raise self._damaged(name, what) from error
+            raise self._damaged(name, what, UNUSABLE) from error
 
     def __iter__(self) -> Iterator[Sample]:
         for shard in range(len(self.shards)):
             for start in range(0, self.shards[shard].samples, 256):
                 yield from self.read(shard, start, start + 256)
 
-    def _fetch(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        fs, path = fsspec.url_to_fs(self.url)
-        try:
-            return fs.cat_file(f"{path}/{name}", start=start, end=end)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{self.url}/{name} is missing but its manifest names it: copy the data set again with "
-                "all its files, or build it again"
-            ) from error
+    def undamaged(self) -> Iterator[Sample]:
+        """All samples that can be used, in order; the others are left out."""
+        for shard, samples in enumerate(self.shards.samples.tolist()):
+            for start in range(0, samples, 256):
+                found = self.read_each(shard, start, start + 256)
+                yield from (item for item in found if not isinstance(item, Damaged))
 
-    def _damaged(self, name: str, what: str) -> ValueError:
-        return ValueError(
+    def _fetch_index(self, name: str, start: int, end: int) -> bytes:
+        try:
+            return self._reader.read(name, start, end, lambda data: (data, len(data) == end - start))
+        except FileNotFoundError as error:
+            raise self._missing(name, NO_INDEX) from error
+        except OSError as error:
+            raise Damaged(str(error), UNREADABLE, f"{self.url}/{name}") from error
+
+    def _missing(self, name: str, reason: str) -> Damaged:
+        return Damaged(
+            f"{self.url}/{name} is missing but its manifest names it: copy the data set again with all its "
+            "files, or build it again",
+            reason,
+            f"{self.url}/{name}",
+        )
+
+    def _damaged(self, name: str, what: str, reason: str) -> Damaged:
+        return Damaged(
             f"{self.url}/{name} is damaged: {what}. `lclm data verify {self.url}` says which files differ "
-            "from the manifest; copy them again from a good place, or build the data set again."
+            "from the manifest; copy them again from a good place, or build the data set again.",
+            reason,
+            f"{self.url}/{name}",
         )
 
 
-def _no_manifest(fs: Any, path: str, url: str) -> str:
-    with contextlib.suppress(OSError):
+def _parse_json(data: bytes) -> tuple[tuple[Any, ValueError | None], bool]:
+    try:
+        return (json.loads(data), None), True
+    except ValueError as error:
+        return (None, error), False
+
+
+def _no_manifest(url: str) -> str:
+    fs, path = fsspec.url_to_fs(url)
+    with contextlib.suppress(Exception):  # a server that cannot list, or is gone
         below = sorted(fs.glob(f"{path}/*/{MANIFEST}") + fs.glob(f"{path}/*/*/{MANIFEST}"))
         if below:
             names = ", ".join(url + name[len(path) : -len(MANIFEST) - 1] for name in below[:6])

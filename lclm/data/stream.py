@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lclm.data.settings import SourceSettings
+from lclm.data.reading import Damaged
+from lclm.data.settings import ReadingSettings, SourceSettings
 from lclm.data.shards import DataSet, Sample
 
 READ_BYTES = 1 << 22
@@ -80,11 +82,18 @@ class Source:
     """
 
     def __init__(
-        self, name: str, settings: SourceSettings, *, seed: int, run_samples: int, epochs: int | None = None
+        self,
+        name: str,
+        settings: SourceSettings,
+        *,
+        seed: int,
+        run_samples: int,
+        epochs: int | None = None,
+        reading: ReadingSettings | None = None,
     ) -> None:
         self.name, self.seed, self.run_samples, self.epochs = name, seed, run_samples, epochs
         try:
-            self.data = DataSet.open(settings.path)
+            self.data = DataSet.open(settings.path, reading)
         except ValueError as error:
             raise ValueError(f"data source {name!r}: {error}") from error
         self.fingerprint = self.data.fingerprint
@@ -119,16 +128,37 @@ class Held:
 
 
 class SourceLane:
-    """One lane's walk through one source. `turn` and `index` are its whole state."""
+    """One lane's walk through one source. `turn` and `index` are its whole state.
 
-    def __init__(self, source: Source, lane: int, lanes: int, turn: int = 0, index: int = 0) -> None:
+    skip is told of every sample that cannot be used, and may raise; without it such a sample is an error.
+    passed: samples that the walk has come past since it was made, usable or not.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        lane: int,
+        lanes: int,
+        turn: int = 0,
+        index: int = 0,
+        skip: Callable[[str, Damaged], None] | None = None,
+    ) -> None:
         self.source, self.lane, self.lanes = source, lane, lanes
         self.turn, self.index = turn, index
-        self._buffer: deque[Held] = deque()
+        self.passed = 0
+        self._skip = skip
+        self._buffer: deque[Held | Damaged] = deque()
         self._begun: tuple[int, Run | None] = (-1, None)
 
     def pull(self) -> Held | None:
-        """The lane's next sample, or None when all epochs are used up."""
+        """The lane's next sample that can be used, or None when all epochs are used up."""
+        while True:
+            held = self._next()
+            if not isinstance(held, Damaged):
+                return held
+            self._damaged(held)
+
+    def _next(self) -> Held | Damaged | None:
         while True:
             if self._begun[0] != self.turn:
                 self._begun = self.turn, self.source.run(self.lane + self.turn * self.lanes)
@@ -142,25 +172,39 @@ class SourceLane:
             self._buffer.extend(self._read(run, self.turn, self.index, run.stop - run.start))
         held = self._buffer.popleft()
         self.index += 1
+        self.passed += 1
         return held
 
-    def fetch(self, place: Place) -> Held:
-        """The sample at a place that this lane has been at, read again."""
+    def _damaged(self, problem: Damaged) -> None:
+        if self._skip is None:
+            raise problem
+        self._skip(self.source.name, problem)
+
+    def fetch(self, place: Place) -> Held | None:
+        """The sample at a place that this lane has been at, read again; None if it can be used no longer."""
         run = self.source.run(self.lane + place.turn * self.lanes)
         if run is None or run.start + place.index >= run.stop:
             raise ValueError(
                 f"data source {self.source.name!r} has no sample at run {place.turn}, index {place.index} of "
                 f"lane {self.lane}: the cursor belongs to other data or other settings"
             )
-        return self._read(run, place.turn, place.index, place.index + 1)[0]
+        held = self._read(run, place.turn, place.index, place.index + 1)[0]
+        if isinstance(held, Damaged):
+            self._damaged(held)
+            return None
+        return held
 
-    def _read(self, run: Run, turn: int, index: int, stop: int) -> list[Held]:
+    def _read(self, run: Run, turn: int, index: int, stop: int) -> list[Held | Damaged]:
         """Samples `index` up to `stop` of the run, fewer when they are long."""
-        sizes = self.source.data.text_bytes(run.shard, run.start + index, run.start + stop).cumsum()
+        first, last = run.start + index, run.start + stop
+        try:
+            sizes = self.source.data.text_bytes(run.shard, first, last).cumsum()
+        except Damaged as problem:
+            return [problem] * (last - first)
         count = max(1, int((sizes <= READ_BYTES).sum()))
-        first = run.start + index
-        samples = self.source.data.read(run.shard, first, first + count)
         return [
-            Held(sample, Place(turn, index + i), run.epoch, run.shard, first + i)
-            for i, sample in enumerate(samples)
+            sample
+            if isinstance(sample, Damaged)
+            else Held(sample, Place(turn, index + i), run.epoch, run.shard, first + i)
+            for i, sample in enumerate(self.source.data.read_each(run.shard, first, first + count))
         ]

@@ -217,7 +217,12 @@ def test_a_damaged_shard_is_named(tmp_path, needles, workers):
     shard = Path(documents) / "shard-00000.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
     settings = data_settings(documents, needles, mixture={"plain": 1.0}, workers=workers)
-    with pytest.raises(ValueError, match=r"shard-00000\.tar is damaged") as error:
+    steps = take(loader(settings), 40)
+    assert f"{shard} (shard cut short)" in [note for step in steps for note in step.damage]
+    assert sum(step.dropped.get("documents: shard cut short", 0) for step in steps) > 0
+    for file in shard.parent.glob("*.tar"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"documents: shard missing .*shard-0.*\.tar is missing") as error:
         take(loader(settings), 40)
     assert "Traceback" not in str(error.value)
 
