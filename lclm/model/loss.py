@@ -16,8 +16,8 @@ try:
 except ImportError:
     LigerFusedLinearCrossEntropyLoss = None
 
-_CPU_LOGITS = 2**24
-_CUDA_LOGITS = 2**26
+CPU_LOGITS = 2**24
+CUDA_LOGITS = 2**26
 
 
 def scale_logits(logits: Tensor, config: Any) -> Tensor:
@@ -43,12 +43,18 @@ def next_token_loss(
     """
     targets = labels[:, 1:]
     rows, columns = (targets != NO_LOSS).nonzero(as_tuple=True)
-    states, targets = hidden[rows, columns], targets[rows, columns]
+    return label_losses(hidden[rows, columns], targets[rows, columns], head, config, max_logits)
+
+
+def label_losses(
+    states: Tensor, targets: Tensor, head: nn.Module, config: Any, max_logits: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`next_token_loss` of the states [n, K] that predict the targets, int64 [n]."""
     if _can_fuse(states, head, config):
         fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         return fused(head.weight, states, targets, getattr(head, "bias", None)).float(), None
     if max_logits is None:
-        max_logits = _CPU_LOGITS if states.device.type == "cpu" else _CUDA_LOGITS
+        max_logits = CPU_LOGITS if states.device.type == "cpu" else CUDA_LOGITS
     size = max(1, max_logits // config.vocab_size)
     if len(states) <= size:
         losses = _losses(states, targets, head, config)

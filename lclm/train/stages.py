@@ -34,7 +34,8 @@ def prepare(model: Any, stage: StageSettings, checkpointing: ActivationCheckpoin
         if not any(parameter.requires_grad for _, parameter in components(model)[name]):
             raise ValueError(f"stage.learn names {name}, but this model has no {name} weights; remove it")
     for name in ("encoder", "decoder"):
-        if getattr(checkpointing, name):
+        # transformers' checkpointing sends gradients through a component that nothing in it needs
+        if getattr(checkpointing, name) and (name == "decoder" or name in stage.learn):
             getattr(model, name).gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
