@@ -6,12 +6,16 @@ RUN/
   stages/01-NAME/      checkpoints/step-00000123/ (engine/, state.json, checksums.json), export/, done.json
   export/              the trained model and processor
 
-A folder is written under a temporary name and renamed when its last file is there: whatever has its final
-name is whole. `checksums.json` lists the other files of a checkpoint with size and SHA-256.
+A folder is written under a temporary name, synced to the disk and renamed when its last file is there:
+whatever has its final name was whole, and still is after a loss of power. `checksums.json` lists the other
+files of a checkpoint with size and SHA-256; `done.json` does so for the export. A checkpoint that was damaged
+later is set aside as `step-00000123.damaged` until the next one is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +30,9 @@ from typing import Any
 
 SCHEMA = 1
 CHECKSUMS = "checksums.json"
+STATE = "state.json"
+DAMAGED = ".damaged"
+UNIVERSAL = ".universal"
 LAUNCHER_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"),
     *(
@@ -113,25 +120,38 @@ class StageFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def candidates(self) -> list[Path]:
-        """Whole checkpoints, newest first. What was left half-written has another name and is none."""
+        """Checkpoints, newest first. What was left half-written has another name and is none."""
         if not self.checkpoints.is_dir():
             return []
-        found = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"step-\d{8}", p.name)]
-        return sorted((p for p in found if (p / CHECKSUMS).is_file()), reverse=True)
+        return sorted(
+            (p for p in self.checkpoints.iterdir() if re.fullmatch(r"step-\d{8}", p.name)), reverse=True
+        )
 
     def prune(self, keep: int) -> None:
-        """Remove all but the `keep` newest checkpoints, and whatever was left half-written."""
+        """Remove all but the `keep` newest checkpoints, with their universal forms, and whatever was left
+        half-written or set aside."""
         if self.checkpoints.is_dir():
             for path in self.checkpoints.iterdir():
-                if is_temporary(path):
+                if is_temporary(path) or path.name.endswith(DAMAGED):
                     shutil.rmtree(path, ignore_errors=True)
-        for path in self.candidates()[keep:]:
+        candidates = self.candidates()
+        for path in candidates[keep:]:
             discard(path)
+        kept = {universal_folder(path) for path in candidates[:keep]}
+        if self.checkpoints.is_dir():
+            for path in self.checkpoints.glob(f"*{UNIVERSAL}"):
+                if path not in kept:
+                    discard(path)
 
 
 def temporary(final: Path) -> Path:
     """The name under which `final` is written before it is renamed."""
     return final.with_name(final.name + ".tmp")
+
+
+def universal_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's universal form is kept, for other numbers of processes; see lclm.train.elastic."""
+    return checkpoint.with_name(checkpoint.name + UNIVERSAL)
 
 
 def is_temporary(path: Path) -> bool:
@@ -148,9 +168,43 @@ def start_folder(final: Path) -> Path:
 
 
 def finish_folder(final: Path) -> None:
-    """Give the written folder its final name, in place of an older one."""
+    """Give the written folder its final name, in place of an older one, when all of it is on the disk."""
+    beside = temporary(final)
+    for path in beside.rglob("*"):
+        sync(path)
+    sync(beside)
     discard(final)
-    temporary(final).rename(final)
+    beside.rename(final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:  # some network file systems cannot sync folders
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(file)
+
+
+def finish_checkpoint(final: Path, state: Any, sums: dict[str, dict[str, Any]]) -> None:
+    """Add the state and the checksums, of the files in `sums` and its own, and rename into place."""
+    beside = temporary(final)
+    write_json(beside / STATE, state)
+    files = sums | checksums(beside, [beside / STATE])
+    write_json(beside / CHECKSUMS, {"schema": SCHEMA, "files": files})
+    finish_folder(final)
+
+
+def set_aside(path: Path) -> None:
+    """Take its name from a damaged checkpoint, so that it neither counts nor hides good ones."""
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(aside)
 
 
 def discard(path: Path) -> None:
@@ -176,14 +230,17 @@ def write_folder(final: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file by a temporary name and a rename."""
+    """Write a JSON file by a temporary name and a rename. ValueError when it cannot be written."""
     beside = temporary(path)
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        sync(beside)
         beside.replace(path)
+        sync(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise cannot_write(path, str(error)) from error
 
 
@@ -196,12 +253,14 @@ def read_json(path: Path) -> Any:
 
 
 def cannot_write(path: Path, reason: str) -> ValueError:
-    """The error of a write that failed, with the space left on the disk."""
+    """The error of a write that failed, with the space left on the disk; `reason` may be its text."""
+    if reason.startswith("could not write"):
+        return ValueError(reason)
     folder = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(folder).free / 2**20
     return ValueError(
         f"could not write {path}: {reason}. {free:,.0f} MiB are free there; nothing half-written was kept. "
-        "Free some space (or lower train.keep) and run the same command again: it goes on where it can"
+        "See to it that the folder can be written, free some space or lower train.keep"
     )
 
 
@@ -230,15 +289,29 @@ def damage(folder: Path, share: int = 0, of: int = 1) -> str | None:
     `share` and `of` let several processes look at a part of the files each.
     """
     try:
-        expected = read_json(folder / CHECKSUMS)["files"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        return f"{folder}: checksums cannot be read ({error})"
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        if STATE not in expected:
+            return f"{folder / CHECKSUMS} does not list {STATE}"
+        return changed(folder, expected, share, of)
+    except FileNotFoundError:
+        return f"{folder / CHECKSUMS} is missing"
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{folder / CHECKSUMS} is damaged or cannot be read ({type(error).__name__}: {error})"
+
+
+def changed(folder: Path, expected: dict[str, Any], share: int = 0, of: int = 1) -> str | None:
+    """What is wrong with the first of the files `expected` (see `checksums`) that is damaged, or None."""
     for name in sorted(expected)[share::of]:
-        path = folder / name
-        if not path.is_file():
+        path, size = folder / name, expected[name]["bytes"]
+        try:
+            if path.stat().st_size != size:
+                return f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
+            if sha256(path) != expected[name]["sha256"]:
+                return f"{path} is not the file that was written"
+        except FileNotFoundError:
             return f"{path} is missing"
-        if path.stat().st_size != expected[name]["bytes"] or sha256(path) != expected[name]["sha256"]:
-            return f"{path} is not the file that was written"
+        except OSError as error:
+            return f"{path} cannot be read ({error})"
     return None
 
 

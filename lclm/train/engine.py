@@ -171,6 +171,16 @@ class Engine:
             hook.remove()
         return None
 
+    def state_bytes(self) -> int:
+        """Bytes that `save` writes on this process, about: weights that learn, masters and moments."""
+        if not self.zero and not self.processes.main:
+            return 0
+        tensors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        tensors += [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
+        tensors += [tensor for group in self.base.param_groups for tensor in group["params"]]
+        tensors += [v for state in self.base.state.values() for v in state.values() if torch.is_tensor(v)]
+        return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
     def load(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote into a model built from the stage's start; returns the saved state.
 

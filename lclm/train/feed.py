@@ -15,7 +15,7 @@ from lclm.train.processes import Processes
 
 TOTALS = (
     *("loss_tokens", "source_tokens", "positions", "rows", "latents"),
-    *("positions_budget", "rows_budget", "latents_budget", "samples", "save", "stop"),
+    *("positions_budget", "rows_budget", "latents_budget", "samples", "save", "stop", "unsaved"),
 )
 """What `Tally` sums over all processes before the first forward pass of a step."""
 
@@ -88,15 +88,25 @@ def inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
 class Tally:
     """What a step has, summed over all processes: one collective at its start, one per micro-batch."""
 
-    def __init__(self, step: Step, processes: Processes, save: bool = False, stop: bool = False) -> None:
-        """`save`, `stop`: whether this process asks for a checkpoint, or the run's end, after the step."""
+    def __init__(
+        self,
+        step: Step,
+        processes: Processes,
+        save: bool = False,
+        stop: bool = False,
+        unsaved: bool = False,
+    ) -> None:
+        """`save`, `stop`: whether this process asks for a checkpoint, or the run's end, after the step.
+
+        `unsaved`: whether a checkpoint that it was writing in the background failed.
+        """
         self._processes = processes
         self.names = step.micro_batches[0].task_names
         self._step = step
         self._bad: list[str] = []
         self.not_finite = self.skipped = False
         tasks = torch.cat([batch.task_ids for batch in step])
-        own = [float(value) for value in self._own(step, save, stop)]
+        own = [float(value) for value in [*self._own(step, save, stop), unsaved]]
         own += torch.bincount(tasks, minlength=len(self.names)).tolist()
         reduced = processes.sum(torch.tensor(own, dtype=torch.float64, device=processes.device)).tolist()
         self.totals = dict(zip(TOTALS, reduced, strict=False))
@@ -138,6 +148,11 @@ class Tally:
     def stop(self) -> bool:
         """Whether any process wants to stop after the step."""
         return self.totals["stop"] > 0
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether any process's checkpoint in the background failed."""
+        return self.totals["unsaved"] > 0
 
     @property
     def empty(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,16 +13,19 @@ from typing import Any
 import torch
 
 from lclm.checkpoint import (
-    CHECKSUMS,
     SCHEMA,
+    STATE,
     StageFolder,
     cannot_write,
+    changed,
     checksums,
     damage,
-    finish_folder,
+    finish_checkpoint,
     list_files,
     read_json,
+    set_aside,
     start_folder,
+    sync,
     temporary,
     write_folder,
     write_json,
@@ -27,8 +33,6 @@ from lclm.checkpoint import (
 from lclm.train.engine import Engine
 from lclm.train.feed import Tally
 from lclm.train.processes import Processes
-
-STATE = "state.json"
 
 
 @dataclass
@@ -118,22 +122,29 @@ def save_checkpoint(engine: Engine, folder: StageFolder, state: State, identity:
     _together(processes, final, lambda: start_folder(final) if processes.main else None)
     error = engine.save(beside, {})
     _together(processes, final, lambda: _raise(error))
-    sums = processes.gather(checksums(beside, list_files(beside)[processes.rank :: processes.size]))
+    sums: dict[str, Any] = {}
+
+    def add_up() -> None:
+        own = list_files(beside)[processes.rank :: processes.size]
+        for path in own:
+            sync(path)
+        sums.update(checksums(beside, own))
+
+    _together(processes, final, add_up)
+    parts = processes.gather(sums)
 
     def finish() -> None:
         if processes.main:
             content = {"schema": SCHEMA, "state": asdict(state), "identity": asdict(identity)}
-            write_json(beside / STATE, content)
-            together = {name: value for part in sums for name, value in part.items()}
-            together |= checksums(beside, [beside / STATE])
-            write_json(beside / CHECKSUMS, {"schema": SCHEMA, "files": together})
-            finish_folder(final)
-            folder.prune(keep)
+            finish_checkpoint(final, content, {name: value for part in parts for name, value in part.items()})
 
     _together(processes, final, finish)
     return final
 
 
+    if processes.main:
+        with contextlib.suppress(OSError):
+            folder.prune(keep)
 def _raise(error: str | None) -> None:
     if error:
         raise OSError(error)
@@ -148,20 +159,43 @@ def _together(processes: Processes, final: Path, act: Any) -> None:
         message = str(error)
     failed = [text for text in processes.gather(message) if text]
     if failed:
-        if processes.main:
-            shutil.rmtree(temporary(final), ignore_errors=True)
+        remove_attempt(processes, final)
         raise cannot_write(final, failed[0])
 
 
-def newest_checkpoint(folder: StageFolder, processes: Processes, say: Any) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are named. Collective."""
+def remove_attempt(processes: Processes, final: Path) -> None:
+    """Remove what was written of a checkpoint that failed. Collective: no process still writes to it."""
     processes.barrier()
-    for path in folder.candidates():
+    if processes.main:
+        shutil.rmtree(temporary(final), ignore_errors=True)
+
+
+def newest_checkpoint(folder: StageFolder, processes: Processes, say: Any) -> Path | None:
+    """The newest checkpoint whose files are what was written. Collective.
+
+    Damaged ones are named and set aside: they lose their name, and go with the next checkpoint's `prune`.
+    """
+    names = processes.gather([path.name for path in folder.candidates()] if processes.main else None)[0]
+    damaged, newest = [], None
+    for name in names:
+        path = folder.checkpoints / name
         found = [text for text in processes.gather(damage(path, processes.rank, processes.size)) if text]
         if not found:
-            return path
+            newest = path
+            break
+        damaged.append(path)
         say(f"checkpoint {path.name} is damaged and is not used: {found[0]}")
-    return None
+    if damaged:
+        stage = folder.path.name
+        if newest:
+            say(f"stage {stage} goes on from {newest.name}")
+        else:
+            say(f"no checkpoint of stage {stage} is whole: the stage begins anew, and its steps are lost")
+        if processes.main:
+            for path in damaged:
+                set_aside(path)
+    processes.barrier()
+    return newest
 
 
 def save_export(final: Path, model: Any, processor: Any) -> None:
@@ -181,15 +215,64 @@ def save_export(final: Path, model: Any, processor: Any) -> None:
     write_folder(final, write)
 
 
-def copy_folder(source: Path, final: Path) -> None:
-    """Copy a folder so that the copy is whole or absent."""
-    write_folder(final, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
+def copy_export(stage: StageFolder, final: Path, processes: Processes) -> None:
+    """Make the last stage's export the run's, whole or absent, or check the one that is there. Collective."""
+    processes.barrier()
+    error = None
+    if processes.main and not final.is_dir():
+        try:
+            write_folder(final, lambda folder: shutil.copytree(stage.export, folder, dirs_exist_ok=True))
+        except ValueError as problem:
+            error = str(problem)
+    processes.agree(error)
+    check_export(stage, final, processes)
 
 
 def write_done(folder: StageFolder, state: State) -> None:
-    """Mark a stage as complete; its training checkpoints are of no more use."""
-    write_json(folder.done, {"schema": SCHEMA, "state": asdict(state)})
-    folder.prune(0)
+    """Mark a stage as complete, with its export's checksums; its training checkpoints are of no more use."""
+    files = checksums(folder.export, list_files(folder.export))
+    content = {"state": asdict(state), "export": files}
+    write_json(folder.done, {"schema": SCHEMA, **content, "sha256": _digest(content)})
+    with contextlib.suppress(OSError):
+        folder.prune(0)
+
+
+def _digest(content: Any) -> str:
+    """SHA-256 of plain data, as it is after it was written as JSON and read again."""
+    plain = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def read_done(folder: StageFolder) -> State:
+    """The state that a complete stage ended with. ValueError, with what to do, when its file is damaged."""
+    try:
+        content = read_json(folder.done)
+        ours = {name: content[name] for name in ("state", "export") if name in content}
+        # runs of older versions list no export
+        if ours.keys() != {"state"} and content["sha256"] != _digest(ours):
+            raise ValueError("its content is not what was written")
+        return State.read(folder.done)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder.done}, which says how a complete stage ended, cannot be used ({error}). Put it back "
+            f"from a copy, or remove {folder.path} and the stages after it: they are trained again"
+        ) from None
+
+
+def check_export(folder: StageFolder, export: Path, processes: Processes) -> None:
+    """Compare `export` with what the stage wrote. Collective; ValueError, with what to do, if damaged."""
+    try:
+        expected = read_json(folder.done).get("export", {})
+        found = changed(export, expected, processes.rank, processes.size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        found = f"{folder.done} is damaged ({type(error).__name__}: {error})"
+    if export == folder.export:
+        remedy = f"remove {folder.path} and the stages after it: they are trained again"
+    else:
+        remedy = f"remove {export}: it is copied again from {folder.export}"
+    processes.agree(
+        found and f"the export of a complete stage is damaged: {found}. Put it back from a copy, or {remedy}"
+    )
 
 
 def load_learned(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

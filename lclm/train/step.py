@@ -45,14 +45,16 @@ class Stepper:
         norms: bool,
         save: bool = False,
         stop: bool = False,
+        unsaved: bool = False,
     ) -> Tally:
         """Take one step, or none if anything in the global batch is not finite. Collective.
 
         step, stage_step: steps done in the run and in the stage. norms: whether gradient norms will be asked
         for. save, stop: whether this process wants a checkpoint, or to stop, after the step.
+        unsaved: whether its checkpoint in the background failed.
         """
         engine, guard, clock = self.engine.deepspeed, self.guard, self.clock
-        tally = Tally(batches, self.processes, save, stop)
+        tally = Tally(batches, self.processes, save, stop, unsaved)
         torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 65_537 + self.processes.rank)
         self.engine.apply_settings(self.rates(stage_step, progress))
         guard.start_step(watch_norms=norms)

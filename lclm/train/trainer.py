@@ -11,13 +11,15 @@ from lclm.train.metrics import Progress
 from lclm.train.processes import Processes, start_processes
 from lclm.train.runs import Run, open_run
 from lclm.train.saving import (
+from lclm.train.saver import Saver
     STATE,
     Identity,
     State,
-    copy_folder,
+    check_export,
+    copy_export,
     load_learned,
     newest_checkpoint,
-    save_checkpoint,
+    read_done,
     save_export,
     write_done,
 )
@@ -43,16 +45,17 @@ def train(recipe: Any, stop: Stop | None = None) -> Path:
         for index, name in enumerate(run.recipe.stages):
             folder = run.folder.stage(index, name)
             if folder.done.is_file():
-                state = State.read(folder.done)
+                state = read_done(folder)
                 progress.say(f"stage {name} is complete")
             else:
+                follows = list(run.recipe.stages)[index + 1 : index + 2]
+                if not follows or not run.folder.stage(index + 1, follows[0]).done.is_file():
+                    check_export(folder, folder.export, processes)
                 stop_together(stop, recipe, processes)
                 stage = StageTrainer(run, index, state.next_stage(), start, processes, progress, stop)
                 state = stage.train()
             start = folder.export
-        processes.barrier()
-        if processes.main and not run.folder.export.is_dir():
-            copy_folder(folder.export, run.folder.export)
+        copy_export(folder, run.folder.export, processes)
         progress.say(f"the run is complete: {run.folder.export}")
         return run.folder.path
     finally:
@@ -103,7 +106,7 @@ class StageTrainer:
 
     def train(self) -> State:
         """The loop. Returns the state at the end of the stage."""
-        with Watcher(self) as watcher:
+        with Watcher(self) as watcher, self.saver_for(watcher) as self.saver:
             with self.stop.at_step_ends():
                 self.take_steps(watcher)
             with self.stop.at_once():
@@ -129,12 +132,14 @@ class StageTrainer:
             )
             if tally.empty:
                 self.progress.say(f"stage {self.name} ends early: the data's epochs are used up")
+                unsaved=self.saver.failed,
                 break
+            self.saver.after_step(tally.unsaved)
             state.add(tally)
             stop.steps += 1
             watcher.after_step(tally)
             if saved := tally.stop or watcher.save_is_due(tally):
-                self.save(watcher)
+                self.save(watcher, now=tally.stop)
             if tally.stop:
                 reason = stop.wanted(self.recipe.train) or "another process was asked to stop"
                 raise Requeue(f"{reason}; saved after step {state.step:,}")
@@ -148,10 +153,16 @@ class StageTrainer:
             return self.state.stage_step / self.stage.steps
         return self.state.stage_tokens / self.stage.tokens
 
-    def save(self, watcher: Watcher) -> None:
-        """Write a training checkpoint. Collective."""
+    def saver_for(self, watcher: Watcher) -> Saver:
+        """What writes the stage's checkpoints."""
+        recipe, engine = self.recipe, self.stepper.engine
+        minutes, say = recipe.engine.timeout_minutes, self.progress.say
+        return Saver(engine, self.folder, self.identity, recipe.train, minutes, watcher.event, say)
+
+    def save(self, watcher: Watcher, now: bool = False) -> None:
+        """Write a training checkpoint, or begin to; `now`: it must be on the disk. Collective."""
         self._complete_state(watcher)
-        save_checkpoint(self.stepper.engine, self.folder, self.state, self.identity, self.recipe.train.keep)
+        self.saver.save(self.state, now=now)
         watcher.saved()
 
     def finish(self, watcher: Watcher) -> None:
@@ -159,6 +170,7 @@ class StageTrainer:
         self._complete_state(watcher)
         error, model = None, self.whole_model()
         if self.processes.main:
+        self.saver.settle()
             try:
                 save_export(self.folder.export, model, self.stepper.processor)
                 write_done(self.folder, self.state)

@@ -55,7 +55,7 @@ class Watcher:
         stage, state = self.trainer.stage, self.state
         unit = (stage.steps, state.stage_step) if stage.steps else (int(stage.tokens), state.stage_tokens)
         self.trainer.progress.stage(self.trainer.name, *unit)
-        self._event("resume" if self.trainer.resumed else "stage_start")
+        self.event("resume" if self.trainer.resumed else "stage_start")
         self.stepper.clock.reset()
         return self
 
@@ -81,9 +81,8 @@ class Watcher:
         return tally.save or bool(every and self.state.stage_step % every == 0)
 
     def saved(self) -> None:
-        """A checkpoint was written."""
+        """A checkpoint was written, or begun, or could not be."""
         self._saved = time.monotonic()
-        self._event("checkpoint")
         self.stepper.clock.reset()
         self._window.clear()
 
@@ -92,7 +91,7 @@ class Watcher:
         for name, value in tally.totals.items():
             self._window[name] = self._window.get(name, 0.0) + value
         if tally.skipped:
-            self._event("skip", reason="loss" if tally.not_finite else "gradient", keys=tally.keys[:20])
+            self.event("skip", reason="loss" if tally.not_finite else "gradient", keys=tally.keys[:20])
         if self.line_is_due(self.state.stage_step):
             self._line(tally)
         paused = False
@@ -110,10 +109,10 @@ class Watcher:
     def at_end(self) -> None:
         """Validate and, after the last stage, probe in full."""
         self.validate()
-        self._event("stage_end")
+        self.event("stage_end")
         if self.trainer.last:
             self.probe(final=True)
-            self._event("done")
+            self.event("done")
 
     def _line(self, tally: Tally) -> None:
         stepper, clock, state = self.stepper, self.stepper.clock, self.state
@@ -201,7 +200,8 @@ class Watcher:
                 file.write("\n".join(parts) + "\n")
             self.recorder.text("samples", "\n".join(parts), self.state.step)
 
-    def _event(self, event: str, **figures: Any) -> None:
+    def event(self, event: str, **figures: Any) -> None:
+        """Write a line about something that happened."""
         self._write("event", {"event": event, **figures})
 
     def _write(self, kind: str, figures: dict[str, Any]) -> None:
