@@ -28,8 +28,11 @@ and, by kind (a figure that could not be measured is left out):
         dropped      {"task: reason": samples left out or shortened so far}
     validation       loss, loss_tokens, task_loss, task_tokens, on held-out data
     probe            probes: what `lclm.eval.probes.run_probes` returned
-    event            event: "start" | "resume" | "stage_start" | "stage_end" | "skip" | "checkpoint" | "fit" |
-                     "done", and figures of its own (skip: reason, keys; fit: factor, step_seconds; ...)
+    event            event: "start" | "resume" | "stage_start" | "stage_end" | "skip" | "checkpoint" |
+                     "save_failed" | "save_in_foreground" | "fit" | "done", and figures of its own (skip:
+                     reason, keys; fit: factor, step_seconds; checkpoint: of_step of the stage, save,
+                     waited_seconds of training, write_seconds in the background; save_failed: of_step,
+                     message, in_a_row; save_in_foreground: reason; ...)
 
 On resume the lines after the checkpoint's step are cut off, so a step appears once. TensorBoard holds the
 same figures under `<kind>/<name>` and `<kind>/<name>/<key>`.
@@ -39,6 +42,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -63,9 +67,10 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
         if keep_bytes is not None and self._file.tell() > keep_bytes:
             self._file.truncate(keep_bytes)
+        self._lost = 0
         self._board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -73,27 +78,48 @@ class Recorder:
         if self._file is None:
             return
         line = _finite(dict(line))
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._append(json.dumps(line).encode() + b"\n")
         shared = ("step", "stage_step", "seconds")
         for name, value in _flat({k: v for k, v in line.items() if k not in shared}):
-            self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+            self._show("add_scalar", f"{line['kind']}/{name}", value, line["step"])
+
+    def _append(self, line: bytes) -> None:
+        """Write a whole line or, on a full disk, none: what is watched does not end what it watches."""
+        before = self.bytes
+        try:
+            if self._file.write(line) == len(line):
+                return
+            self._file.truncate(before)
+        except OSError as error:
+            if not self._lost:
+                print(
+                    f"metrics.jsonl cannot be written ({error}): lines are lost", file=sys.stderr, flush=True
+                )
+        self._lost += 1
+
+    def _show(self, what: str, *values: Any) -> None:
+        """Give TensorBoard something, until it cannot write: its thread has ended then."""
+        if self._board is not None:
+            try:
+                getattr(self._board, what)(*values)
+            except OSError as error:
+                print(f"TensorBoard is left out from here: {error}", file=sys.stderr, flush=True)
+                self._board = None
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text to TensorBoard."""
-        if self._board is not None:
-            self._board.add_text(name, text, step)
+        self._show("add_text", name, text, step)
 
     @property
     def bytes(self) -> int:
         """Length of metrics.jsonl so far."""
-        return self._file.tell() if self._file is not None else 0
+        return os.fstat(self._file.fileno()).st_size if self._file is not None else 0
 
     def close(self) -> None:
         """Write everything out."""
         if self._file is not None:
             self._file.close()
-            self._board.close()
+            self._show("close")
 
 
 def _finite(value: Any) -> Any:

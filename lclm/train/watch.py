@@ -91,7 +91,11 @@ class Watcher:
         for name, value in tally.totals.items():
             self._window[name] = self._window.get(name, 0.0) + value
         if tally.skipped:
-            self.event("skip", reason="loss" if tally.not_finite else "gradient", keys=tally.keys[:20])
+            about = tally.spike or {}
+            self.event("skip", reason=tally.reason, keys=self.stepper.guard.blamed, **about)
+        if tally.damage:
+            self.event("damage", **tally.damage)
+            self.trainer.progress.say(f"data left out: {tally.damage['found']}; {tally.damage['files']}")
         if self.line_is_due(self.state.stage_step):
             self._line(tally)
         paused = False
@@ -196,7 +200,8 @@ class Watcher:
                 f"written:\n\n```\n{text['written']}\n```\n"
             )
         if len(parts) > 1:
-            with self.trainer.run.folder.samples.open("a", encoding="utf-8") as file:
+            path = self.trainer.run.folder.samples
+            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
                 file.write("\n".join(parts) + "\n")
             self.recorder.text("samples", "\n".join(parts), self.state.step)
 
@@ -273,7 +278,8 @@ def heldout_samples(recipe: Any) -> tuple[list[str], list[list[dict[str, Any]]]]
     texts: list[str] = []
     conversations: list[list[dict[str, Any]]] = []
     for source in recipe.data.heldout.values():
-        for sample in itertools.islice(DataSet.open(source.path), PROBE_DOCUMENTS):
+        data = DataSet.open(source.path, recipe.data.reading)
+        for sample in itertools.islice(data.undamaged(), PROBE_DOCUMENTS):
             if sample.text is not None:
                 texts.append(sample.text)
             elif sample.messages is not None:
