@@ -8,25 +8,50 @@ import torch
 from torch import Tensor
 from transformers.utils import is_torch_flex_attn_available
 
+from .kernels import REGISTERED, by_segments, missing, segment_arguments, unserved
+
 if is_torch_flex_attn_available():
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
-"""Attention implementations that pass the leakage tests."""
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "varlen")
+"""Attention implementations offered. The last two skip what a position cannot see; they need CUDA and half
+precision."""
 
 
 def resolve(name: str) -> str:
-    """The implementation that a recipe's `attention` names; "auto" is sdpa. ValueError for one not
-    offered."""
+    """The implementation that `model.attention` names, wherever it will run: "auto" is sdpa.
+
+    Training resolves "auto" beforehand (`best`). ValueError for a name that is not offered.
+    """
     if name == "auto":
         return "sdpa"
-    if name not in IMPLEMENTATIONS:
+    if name not in IMPLEMENTATIONS and name not in REGISTERED:
         raise ValueError(f"attention {name!r} is not offered; choose auto, {', '.join(IMPLEMENTATIONS)}")
     if name == "flex_attention" and not is_torch_flex_attn_available():
         raise ValueError(
             "attention 'flex_attention' is not available in this torch; install torch >= 2.5 or use sdpa"
         )
     return name
+
+
+def require(name: str, *configs: Any) -> str:
+    """`resolve(name)`; ValueError where this machine lacks it or models of `configs` cannot run with it."""
+    found = resolve(name)
+    problem = missing(found) or next((why for c in configs if (why := unserved(found, c))), None)
+    if problem:
+        raise ValueError(f"attention {name!r} cannot be used: {problem}")
+    return found
+
+
+def best(precision: str, *configs: Any) -> str:
+    """What "auto" is in training: the first kernel that skips masked work and can run here, else sdpa.
+
+    precision: "bf16" or "fp32". configs: of the models that it must serve.
+    """
+    for name in ("flash_attention_2", "varlen") if precision == "bf16" else ():
+        if not missing(name) and not any(unserved(name, config) for config in configs):
+            return name
+    return "sdpa"
 
 
 def segments(position_ids: Tensor) -> Tensor:
@@ -39,15 +64,32 @@ def segments(position_ids: Tensor) -> Tensor:
     return torch.nn.functional.pad(breaks.cumsum(1), (1, 0))
 
 
-def layer_masks(config: Any, groups: Tensor, causal: bool, dtype: torch.dtype) -> Any:
-    """The mask argument for a model of `config`: one mask, or one per kind of layer where there are
-    several."""
+def attention_arguments(config: Any, groups: Tensor, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """What a model of `config` takes beside its inputs so that a position sees those of its own group only.
+
+    groups: int64 [B, L]; a group is a run of neighbours. Made once per call of the model: a mask, or where
+    each segment ends. causal: only earlier ones and itself.
+    """
+    _check_layers(config)
+    if by_segments(config._attn_implementation):
+        return segment_arguments(groups, causal, config._attn_implementation)
+    return {"attention_mask": layer_masks(config, groups, causal, dtype)}
+
+
+def _check_layers(config: Any) -> set[str]:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"{config.model_type} has layers of kind {sorted(kinds)}; "
             "only full and sliding attention can be packed"
         )
+    return kinds
+
+
+def layer_masks(config: Any, groups: Tensor, causal: bool, dtype: torch.dtype) -> Any:
+    """The mask argument for a model of `config`: one mask, or one per kind of layer where there are
+    several."""
+    kinds = _check_layers(config)
     implementation = config._attn_implementation
     window = getattr(config, "sliding_window", None)
     if "sliding_attention" in kinds:
@@ -68,7 +110,7 @@ def block_mask(
     """
     if implementation == "flex_attention":
         return _flex_mask(groups, causal, window)
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in ("sdpa", "eager"):
         raise ValueError(f"no mask for attention {implementation!r}; choose {', '.join(IMPLEMENTATIONS)}")
     mask = groups[:, None, :, None] == groups[:, None, None, :]
     length = groups.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from .attention import resolve
+from .attention import require, resolve
 from .configuration import LCLMConfig
 from .layouts import assemble, token_ids
 from .modeling import LCLMForConditionalGeneration
@@ -101,9 +101,10 @@ def _continue(settings: ModelSettings, dtype: torch.dtype) -> LCLMForConditional
     load = partial(
         LCLMForConditionalGeneration.from_pretrained,
         dtype=dtype,
-        attn_implementation=resolve(settings.attention),
+        attn_implementation=require(settings.attention),
     )
     model = _read("weights", load, settings)
+    require(settings.attention, model.config.encoder_config, model.config.decoder_config)
     config = _continued(copy.deepcopy(model.config), settings)
     for name in _OPTIONS:
         key = _RENAMED.get(name, name)
@@ -162,6 +163,7 @@ def _continued(config: LCLMConfig, settings: ModelSettings) -> LCLMConfig:
 def _new_model(settings: ModelSettings, dtype: torch.dtype) -> LCLMForConditionalGeneration:
     tokenizer, encoder_tokenizer = _tokenizers(settings)
     config = _new_config(settings, tokenizer, encoder_tokenizer)
+    require(settings.attention, config.encoder_config, config.decoder_config)
     config.dtype = dtype
     encoder = _part(AutoModel, settings.encoder.path, config.encoder_config, settings.encoder.layers, dtype)
     decoder = _part(AutoModelForCausalLM, settings.decoder.path, config.decoder_config, None, dtype)
@@ -205,6 +207,7 @@ def _start(model: LCLMForConditionalGeneration, *, fresh_encoder: bool, fresh_de
 
 
 def _on_meta(settings: ModelSettings, dtype: torch.dtype) -> LCLMForConditionalGeneration:
+    settings = replace(settings, attention="sdpa")  # shapes need no kernel, nor a machine that has one
     if settings.init_from:
         config = build_config(settings)
     else:

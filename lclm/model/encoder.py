@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import layer_masks
+from .attention import attention_arguments
 from .configuration import LCLMConfig
 from .pooling import pool
 
@@ -70,7 +70,7 @@ class RowEncoder:
             inputs["inputs_embeds"] = embed(input_ids) + block_position(block_index)
         if self._needs_mask(window_ids):
             causal = not self.config.bidirectional
-            inputs["attention_mask"] = layer_masks(encoder.config, window_ids, causal, _dtype(embed))
+            inputs |= attention_arguments(encoder.config, window_ids, causal, _dtype(embed))
             inputs["position_ids"] = position_ids + self.offset
         return encoder(**inputs).last_hidden_state
 

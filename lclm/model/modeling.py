@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .adapter import Adapter
-from .attention import layer_masks, segments
+from .attention import attention_arguments, segments
 from .configuration import LCLMConfig
 from .encoder import RowEncoder
 from .generation import MemoryGeneration
@@ -78,6 +78,7 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flex_attn = True
+    _supports_flash_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: LCLMConfig) -> None:
@@ -242,9 +243,9 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
                 return self.decoder.base_model(inputs_embeds=embeddings, use_cache=False)
             position_ids = (attention_mask.cumsum(1) - 1) * attention_mask
         groups = segments(position_ids)
-        mask = layer_masks(self.decoder.config, groups, True, embeddings.dtype)
+        attention = attention_arguments(self.decoder.config, groups, True, embeddings.dtype)
         return self.decoder.base_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, **attention
         )
 
     def _check_length(self, input_ids: Tensor) -> None:

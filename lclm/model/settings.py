@@ -41,7 +41,8 @@ class ModelSettings:
     sees. adapter: mlp | attn_mlp | mlp_attn. adapter_layers: its attention layers. adapter_init: default |
     identity. position_in_block: a learned embedding of a token's place in its block, added to the encoder's
     input. tie_embeddings: the encoder's token embeddings are the decoder's. attention: auto | sdpa | eager |
-    flex_attention. max_rows_per_forward: encoder rows per forward (null: all at once).
+    flex_attention | flash_attention_2 | varlen. max_rows_per_forward: encoder rows per forward (null: all at
+    once).
     """
 
     init_from: str | None = None

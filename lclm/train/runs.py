@@ -21,8 +21,11 @@ MAY_CHANGE = (
     *("train.stop_after_steps", "train.stop_after_minutes", "train.stop_before_limit_minutes"),
     *("train.save", "train.snapshot_folder", "train.max_failed_saves"),
     *("probes", "run_dir", "name", "engine.timeout_minutes", "data.workers", "data.prefetch"),
+    *("engine.zero", "stages.*.zero", "engine.bucket_elements", "engine.activation_checkpointing"),
+    "data.micro_batch",
 )
-"""Settings that a run may go on with changed: logging, retention, wall time, launcher. No others."""
+"""Settings that a run may go on with changed: logging, retention, wall time, launcher, and how a step is
+shared out over processes, which changes no batch and a loss by rounding only. No others."""
 LOCK, LOCK_SECONDS = ".lock", 10.0
 
 
@@ -72,13 +75,29 @@ def _begin(
     fit: Callable[[Any], Any],
     fingerprints: dict[str, str],
 ) -> None:
-    fitted = fit(recipe)
+    fitted = fit(with_kernel(recipe, processes))
     if processes.main:
         origin = provenance(recipe.seed, fingerprints)
         write_json(folder.provenance, {"run": uuid.uuid4().hex, **origin})
         recipe.save(folder.requested)
         fitted.save(folder.recipe)
     processes.barrier()
+
+
+def with_kernel(recipe: Any, processes: Processes) -> Any:
+    """The recipe with `model.attention: auto` replaced by the kernel that training will use. Collective."""
+    from lclm.model.attention import best
+    from lclm.model.build import build_config
+
+    if recipe.model.attention != "auto":
+        return recipe
+    config = build_config(recipe.model)
+    own = best(recipe.engine.precision, config.encoder_config, config.decoder_config)
+    recipe = copy.deepcopy(recipe)
+    recipe.model.attention = processes.gather(own)[0]
+    if processes.main:
+        print(f"attention: auto is {recipe.model.attention} here", flush=True)
+    return recipe
 
 
 def lock_run(folder: RunFolder) -> IO[str]:
@@ -142,16 +161,19 @@ def _comparable(recipe: Any) -> list[str]:
     plain = recipe.to_dict()
     for name in MAY_CHANGE:
         *path, last = name.split(".")
-        place = plain
+        places = [plain]
         for part in path:
-            place = place.get(part) or {}
-        place.pop(last, None)
+            found = [place.values() if part == "*" else [place.get(part)] for place in places]
+            places = [inner for values in found for inner in values if isinstance(inner, dict)]
+        for place in places:
+            place.pop(last, None)
     return to_yaml(plain).splitlines()
 
 
 def _with_budgets(recipe: Any, folder: RunFolder) -> Any:
-    """The recipe as now given, with the step counts that the run was given when it began."""
+    """The recipe as now given, with the step counts and the attention kernel that the run began with."""
     written, recipe = recipe.read(folder.recipe), copy.deepcopy(recipe)
+    recipe.model.attention = written.model.attention
     for name, stage in recipe.stages.items():
         kept = written.stages[name]
         stage.steps, stage.tokens, stage.schedule = kept.steps, kept.tokens, kept.schedule

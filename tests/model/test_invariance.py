@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.model import per_segment
+
 TOLERANCE = 1e-5
 CHOICES = [
     *[
@@ -27,7 +29,7 @@ CHOICES = [
     {"ratios": [2, 4, 8], "adapter": "mlp_attn", "adapter_layers": 2},
     {"max_rows_per_forward": 1, "adapter": "attn_mlp"},
 ]
-IMPLEMENTATIONS = ("sdpa", "eager")
+IMPLEMENTATIONS = ("sdpa", "eager", per_segment.NAME)
 
 
 def name(choice):
@@ -156,7 +158,8 @@ def test_sliding_window_layers_read_as_alone_and_as_by_themselves(implementation
     ],
     ids=lambda value: value.get("model_type", ""),
 )
-def test_a_window_reads_as_the_encoder_reads_it_by_itself(encoder, own, tiny, rng):
+@pytest.mark.parametrize("attention", ["sdpa", per_segment.NAME])
+def test_a_window_reads_as_the_encoder_reads_it_by_itself(attention, encoder, own, tiny, rng):
     """Pooled states of one window among others equal a plain call of the encoder on that window's tokens."""
     config = {
         "vocab_size": 53,
@@ -171,7 +174,8 @@ def test_a_window_reads_as_the_encoder_reads_it_by_itself(encoder, own, tiny, rn
     }
     causal = encoder["model_type"] in ("qwen3", "gemma3_text")
     tiny.encoders["trial"] = config
-    model = tiny.model(encoder="trial", encoder_attention="causal" if causal else "bidirectional", window=24)
+    directions = "causal" if causal else "bidirectional"
+    model = tiny.model(encoder="trial", encoder_attention=directions, window=24, attention=attention)
     examples = [tiny.example([("memory", length), ("text", 2)], rng) for length in (21, 5, 30)]
     check(model, examples, tiny, 2)
     arrays = tiny.lay_out([examples], model)
@@ -187,10 +191,10 @@ def test_a_window_reads_as_the_encoder_reads_it_by_itself(encoder, own, tiny, rn
 def test_attention_implementations_agree(tiny, rng):
     example = tiny.example([("text", 5), ("memory", 37), ("text", 4), ("memory", 5), ("text", 2)], rng)
     for attention, encoder in itertools.product(("causal", "bidirectional"), ("qwen3", "bert")):
-        one, other = (
+        one, *others = (
             example_logits(
                 tiny.model(encoder=encoder, encoder_attention=attention, attention=name), [[example]], tiny
             )
             for name in IMPLEMENTATIONS
         )
-        assert (one[0] - other[0]).abs().max() <= TOLERANCE
+        assert all((one[0] - other[0]).abs().max() <= TOLERANCE for other in others)
