@@ -55,7 +55,8 @@ def find_machine(name: str, memory_gib: float | None = None, tflops: float | Non
         machine = Machine(name, memory_gib * GIB, tflops * 1e12, tflops * 1e12, 450e9)
     else:
         raise ValueError(
-            f"--gpu {name!r} is not known; use {', '.join(MACHINES)}, or give --gpu-memory and --gpu-tflops too"
+            f"--gpu {name!r} is not known; use {', '.join(MACHINES)}, or give both --gpu-memory and "
+            "--gpu-tflops"
         )
     if memory_gib is not None:
         machine = replace(machine, memory=memory_gib * GIB)

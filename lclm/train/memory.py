@@ -7,7 +7,7 @@ What DeepSpeed keeps was read from its source (0.19) and is checked against meas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lclm.train.rehearsal import Rehearsed
@@ -58,11 +58,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device by part at the step's worst moment, and on the host where something is offloaded."""
+    """Bytes by part at the step's worst moment, and on the host where something is offloaded."""
 
     parts: Mapping[str, float]
     host: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> float:
@@ -137,7 +136,7 @@ def _step(weights: Weights, engine: Engine, share: float) -> dict[str, float]:
     bucket = engine.bucket_of(weights)
     largest = max(weights.groups, default=0)
     if engine.zero == 0:
-        reducing = engine.bytes * min(learning, REDUCED_AT_ONCE) if engine.processes > 1 else 0
+        reducing = engine.bytes * min(learning, REDUCED_AT_ONCE)  # by one process too
         updating = 4 * learning if engine.bf16 else 0
         return {"gradients": float(engine.bytes * learning), "buckets": float(max(reducing, updating))}
     if engine.offload:

@@ -321,12 +321,12 @@ def make_plan(recipe: Any, cluster: Cluster) -> Plan:
     if lanes != recipe.data.lanes:
         plan.problems.append(
             f"{recipe.data.lanes} lanes do not divide over {cluster.processes} processes with "
-            f"data.micro_batch={recipe.data.micro_batch}: set data.lanes={lanes} (every figure here is for it)"
+            f"data.micro_batch={recipe.data.micro_batch}: set data.lanes={lanes} (figures are for it)"
         )
     if workers < recipe.data.workers:
         plan.notes.append(
-            f"a process has {share} lanes, so {workers} of data.workers={recipe.data.workers} background "
-            "processes will run; more lanes per process let more run"
+            f"lanes of a process: {share}, so {workers} of data.workers={recipe.data.workers} background "
+            "processes run; more lanes let more run"
         )
     for stage in stages:
         for note in stage.filling.notes:
@@ -336,7 +336,7 @@ def make_plan(recipe: Any, cluster: Cluster) -> Plan:
 
 
 def kernel(attention: str, machine: Machine) -> str:
-    """How attention will be computed: "blocks" skips what the mask hides, "sdpa" has a dense mask, "eager"."""
+    """How attention is computed: "blocks" skips what the mask hides, "sdpa" has a dense mask, "eager"."""
     if attention == "eager":
         return "eager"
     dense = attention == "sdpa" or (attention == "auto" and not machine.cuda)
@@ -373,7 +373,7 @@ def checkpoint_bytes(weights: Weights, engine: Engine) -> float:
 
 
 def disk_needed(recipe: Any, counts: dict[str, int], stages: list[StagePlan]) -> float:
-    """Bytes of the fullest moment: checkpoints kept and being written, exports of all stages and the run's."""
+    """Bytes at most: checkpoints kept and being written, exports of all stages and the run's."""
     exports = 4.0 * sum(counts.values()) * (len(stages) + 1)
     checkpoints = max(stage.checkpoint for stage in stages) * (recipe.train.keep + KEEPS_FOR_DISK)
     return exports + checkpoints
