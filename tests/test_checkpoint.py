@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from lclm.checkpoint import (
     CHECKSUMS,
+    STATE,
     RunFolder,
     checksums,
     damage,
     list_files,
     provenance,
     read_json,
+    set_aside,
     temporary,
     weights_fingerprint,
     write_folder,
@@ -25,6 +29,7 @@ from lclm.checkpoint import (
 def checkpoint(stage, step):
     def write(folder):
         (folder / "weights").write_bytes(bytes([step]))
+        (folder / STATE).write_text("{}")
         write_json(folder / CHECKSUMS, {"files": checksums(folder, list_files(folder))})
 
     write_folder(stage.checkpoint(step), write)
@@ -37,11 +42,11 @@ def test_only_whole_checkpoints_are_candidates(tmp_path):
     for step in (1, 2, 10):
         checkpoint(stage, step)
     temporary(stage.checkpoint(11)).mkdir()
-    (stage.checkpoints / "step-00000012").mkdir()
+    (stage.checkpoints / "step-00000012.damaged").mkdir()
     assert [path.name for path in stage.candidates()] == ["step-00000010", "step-00000002", "step-00000001"]
     stage.prune(1)
     assert [path.name for path in stage.candidates()] == ["step-00000010"]
-    assert not temporary(stage.checkpoint(11)).exists()
+    assert [path.name for path in stage.checkpoints.iterdir()] == ["step-00000010"]
 
 
 def test_damage_is_found(tmp_path):
@@ -51,9 +56,55 @@ def test_damage_is_found(tmp_path):
     assert damage(folder) is None
     (folder / "weights").write_bytes(b"x")
     assert "weights" in damage(folder)
-    assert damage(folder, 1, 2) is None
+    assert damage(folder, 0, 2) is None
+    assert "weights" in damage(folder, 1, 2)
     (folder / "weights").unlink()
     assert "missing" in damage(folder)
+
+
+def test_a_checkpoint_without_checksums_is_damaged(tmp_path):
+    stage = RunFolder(tmp_path).stage(0, "joint")
+    checkpoint(stage, 1)
+    folder = stage.checkpoint(1)
+    for content in (
+        "{",
+        "[]",
+        '{"files": []}',
+        '{"files": {"state.json": {}}}',
+        '{"files": {"weights": {}}}',
+    ):
+        (folder / CHECKSUMS).write_text(content)
+        assert CHECKSUMS in damage(folder)
+    (folder / CHECKSUMS).unlink()
+    assert damage(folder) == f"{folder / CHECKSUMS} is missing"
+    assert stage.candidates() == [folder]
+    set_aside(folder)
+    assert stage.candidates() == []
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    done = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watch_fsync(file):
+        done.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def watch_rename(path, target):
+        done.append(f"{path} -> {target}")
+        return rename(path, target)
+
+    def write(folder):
+        (folder / "a").mkdir()
+        (folder / "a" / "weights").write_text("x")
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch_rename)
+    final = tmp_path / "final"
+    write_folder(final, write)
+    beside = temporary(final)
+    assert set(done[:3]) == {str(beside / "a" / "weights"), str(beside / "a"), str(beside)}
+    assert done[3:] == [f"{beside} -> {final}", str(tmp_path)]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

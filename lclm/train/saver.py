@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lclm.checkpoint import SCHEMA, StageFolder, cannot_write, start_folder
+from lclm.train.ends import Requeue
 from lclm.train.engine import Engine
 from lclm.train.flush import Order, Writer
 from lclm.train.saving import Identity, State, remove_attempt, save_checkpoint
@@ -39,10 +40,10 @@ class Saver:
         event: Callable[..., None],
         say: Callable[[str], None],
     ) -> None:
-        """`minutes` bounds a wait for the disk. `event(name, **figures)` is told what happened."""
+        """`minutes`: waits for the disk end before so many. `event(name, **figures)` hears what happened."""
         self._engine, self._processes = engine, engine.processes
         self._folder, self._identity, self._settings = folder, identity, settings
-        self._seconds, self._event, self._say = minutes * 60, event, say
+        self._seconds, self._event, self._say = minutes * 30, event, say
         self._writer = Writer()
         self._memory: SnapshotFolder | None = None
         self._answer: dict[str, Any] | None = None
@@ -55,9 +56,10 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Not collective. A checkpoint that is being written is waited for, if all processes still can."""
-        if self._pending is not None and self._answer is None and self._writer.busy:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Not collective. A checkpoint that is being written is waited for where all processes end alike."""
+        together = kind is not None and issubclass(kind, (ValueError, Requeue))
+        if together and self._answer is None and self._writer.busy:
             self._writer.look(min(PARTING_SECONDS, self._seconds))
         self._writer.end()
         if self._memory is not None:
@@ -95,6 +97,7 @@ class Saver:
         state, final = self._pending, self._folder.checkpoint(self._pending.stage_step)
         began, waited, error = time.monotonic(), 0.0, None
         while True:
+            self._processes.at("waiting for a checkpoint")
             self._look(TURN if waited else 0.0)
             own = "writing" if self._answer is None else self._answer["error"]
             answers = self._processes.gather(own)
