@@ -44,6 +44,7 @@ def lclm(
       lclm data build recipes/data/stdlib.yaml       raw text -> shards
       lclm data inspect recipes/tiny.yaml            a sample as the model will read it
       lclm recipe show recipes/tiny.yaml             everything a run will do
+      lclm plan recipes/0.6b-4b/16x.yaml --nodes 32  what a run will take
       lclm train recipes/tiny.yaml                   train, or go on where it stopped
       lclm report runs/tiny                          a page with plots
       lclm export runs/tiny -o my-model              a checkpoint that from_pretrained reads
@@ -57,7 +58,7 @@ def train(recipe_path: RecipePath, overrides: Overrides = None) -> None:
 
     \b
     One process:         lclm train recipes/tiny.yaml
-    Several on a machine: launch/local.sh 2 recipes/tiny.yaml
+    Several on a machine: launch/torchrun.sh 2 recipes/tiny.yaml
     Other settings:      lclm train recipes/tiny.yaml run_dir=runs/mine train.log_every=5
 
     The run folder then holds the resolved recipe, checkpoints, metrics.jsonl, TensorBoard logs and the export
@@ -78,6 +79,53 @@ def train(recipe_path: RecipePath, overrides: Overrides = None) -> None:
         no_loading_bars(loaded.model.init_from, loaded.model.encoder.path, loaded.model.decoder.path)
         run(loaded, stop)
         leave_processes()
+
+
+@app.command(short_help="What a recipe will cost on given machines.")
+def plan(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpu: Annotated[
+        str, typer.Option(help="h100, h200, a100-80, b200, cpu, or another with both options below.")
+    ] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and so processes, of each.")] = 8,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU, in place of its own.")] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(help="Its dense peak in TFLOP/s, likewise.")] = None,
+    efficiency: Annotated[float, typer.Option(help="Share of the peak that passes reach.")] = 0.4,
+    network: Annotated[float, typer.Option(help="Gbit/s of a GPU to other nodes.")] = 400.0,
+    storage: Annotated[float, typer.Option(help="GB/s to storage, all processes together.")] = 5.0,
+    price: Annotated[float | None, typer.Option(help="Of one GPU-hour, in any currency.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the page as Markdown.")
+    ] = None,
+) -> None:
+    """What a recipe will take on given machines: memory per GPU by part, FLOPs, time and GPU-hours, network,
+    checkpoints, data; and which settings to change where it does not fit. Needs no weights, data or GPU.
+
+    \b
+      lclm plan recipes/0.6b-4b/16x.yaml --nodes 32 --gpu h100
+      lclm plan recipes/0.6b-4b/4x.yaml engine.zero=3 --nodes 1 --gpu a100-80 --price 2.5 -o plan.md
+    """
+    from rich.console import Console
+
+    from lclm.recipe import load_recipe
+
+    if not 0 < efficiency <= 1 or min(network, storage) <= 0:
+        raise ValueError("--efficiency must be in (0, 1], --network and --storage above 0")
+    loaded = load_recipe(recipe_path, overrides or [])
+    from lclm.train.hardware import find_machine
+    from lclm.train.plan import Cluster, make_plan
+    from lclm.train.plan_page import show, write
+
+    machine = find_machine(gpu, gpu_memory, gpu_tflops)
+    rates = (efficiency, network * 1e9 / 8, storage * 1e9)
+    made = make_plan(loaded, Cluster(machine, nodes, gpus_per_node, *rates, price))
+    console = Console()
+    show(made, console if console.is_terminal else Console(width=150))
+    if output is not None:
+        write(made, output)
+        typer.echo(f"written: {output}")
 
 
 @app.command(short_help="Write a page with the plots of a run.")
