@@ -58,9 +58,18 @@ class Batch:
 
 @dataclass
 class Step:
-    """What one process contributes to one optimizer step: its micro-batches, in order."""
+    """What one process contributes to one optimizer step: its micro-batches, in order.
+
+    failure: why there are none. The others then have to be told, and `names` are the tasks' in their place.
+    """
 
     micro_batches: list[Batch]
+    failure: Exception | None = None
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def task_names(self) -> list[str]:
+        return self.micro_batches[0].task_names if self.micro_batches else self.names
 
     @property
     def loss_tokens(self) -> int:

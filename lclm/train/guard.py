@@ -23,15 +23,19 @@ class Guard:
     def __init__(self, engine: Engine, clip: float, max_in_a_row: int) -> None:
         self.engine, self.clip, self.max_in_a_row = engine, clip, max_in_a_row
         self.skipped = self.in_a_row = 0
+        self.blamed: list[str] = []
         self._own = engine.zero == 0 and not engine.bf16
         self._overflow = False
         self._squares: dict[str, torch.Tensor] = {}
         self.watch_norms = False
         engine.base.register_step_pre_hook(self._before_update)
 
-    def loss(self, loss: torch.Tensor, others_finite: bool) -> torch.Tensor:
-        """The loss to go backward from: `loss`, or one with nan gradients if any process's is not finite."""
-        return loss if others_finite else loss * float("nan")
+    def loss(self, loss: torch.Tensor, good: bool) -> torch.Tensor:
+        """The loss to go backward from: `loss`, or one with nan gradients, with which the step is left out.
+
+        good: whether all processes' losses are finite, and no spike.
+        """
+        return loss if good else loss * float("nan")
 
     def before_step(self) -> None:
         """Called between a step's last backward pass and the engine's step: clips or drops gradients."""
@@ -52,10 +56,11 @@ class Guard:
         elif self.clip and total > self.clip:
             torch._foreach_mul_(gradients, (self.clip / (total + 1e-6)).item())
 
-    def after_step(self, keys: Sequence[str], reason: str) -> bool:
+    def after_step(self, suspects: Sequence[tuple[float, str]], reason: str) -> bool:
         """Whether the step was left out. Raises ValueError, on all processes, after too many in a row.
 
-        `keys` are those of the samples to be blamed on this process, `reason` says what was not finite.
+        `suspects` are losses and keys of the samples to be blamed on this process; afterwards `blamed` names
+        those of all processes, the highest losses first. `reason` says what was wrong.
         """
         overflow = self._overflow if self._own else bool(self.engine.deepspeed.optimizer.overflow)
         if not overflow:
@@ -63,13 +68,17 @@ class Guard:
             return False
         self.skipped += 1
         self.in_a_row += 1
+        own = sorted(suspects, key=lambda pair: -pair[0])
+        parts = self.engine.processes.gather((len(own), own[:NAMED_KEYS]))
+        worst = sorted((pair for _, part in parts for pair in part), key=lambda pair: -pair[0])
+        self.blamed = [key for _, key in worst[:NAMED_KEYS]]
         if self.in_a_row >= self.max_in_a_row:
-            blamed = [key for part in self.engine.processes.gather(list(keys)) for key in part]
-            more = f" and {len(blamed) - NAMED_KEYS} more" if len(blamed) > NAMED_KEYS else ""
+            others = sum(count for count, _ in parts) - len(self.blamed)
+            more = f" and {others} more" if others else ""
             raise ValueError(
-                f"{self.in_a_row} steps in a row were left out because of a non-finite {reason}; samples of "
-                f"the last one: {', '.join(blamed[:NAMED_KEYS])}{more}. Look at them with `lclm data "
-                "inspect`, lower the learning rate, or raise train.max_skips_in_a_row"
+                f"{self.in_a_row} steps in a row were left out because of a {reason}; samples of the last "
+                f"one: {', '.join(self.blamed)}{more}. Look at them with `lclm data inspect`, lower the "
+                "learning rate, or raise train.max_skips_in_a_row"
             )
         return True
 

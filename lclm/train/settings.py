@@ -102,20 +102,72 @@ class ActivationCheckpointing:
 
 
 @dataclass
+class CompileSettings:
+    """torch.compile of a component's blocks, each block kind once. It changes rounding."""
+
+    encoder: bool = False
+    decoder: bool = False
+
+
+@dataclass
 class EngineSettings:
     """How training is executed. Accumulation is derived: lanes / (processes * micro_batch)."""
 
     zero: int = 0  # ZeRO stage 0 | 1 | 2 | 3
     precision: str = "fp32"  # fp32 | bf16 (fp32 master weights and moments)
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
+    compile: CompileSettings = field(default_factory=CompileSettings)
+    offload_optimizer: bool = False  # masters, moments and their update on the CPU; ZeRO 3
     bucket_elements: int = 50_000_000  # elements per reduce and gather bucket
-    timeout_minutes: float = 30.0  # of a collective
+    timeout_minutes: float = 10.0  # without an answer, or in one phase of a step: the process is lost
+    alone_minutes: float = 120.0  # of the main process's own work: probes, exports
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero is {self.zero}; ZeRO stages are 0, 1, 2 and 3")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"engine.precision is {self.precision!r}; use fp32 or bf16")
+        if not 0 < self.timeout_minutes <= self.alone_minutes:
+            raise ValueError(
+                f"engine.timeout_minutes is {self.timeout_minutes} and engine.alone_minutes is "
+                f"{self.alone_minutes}; both must be above 0, and the second not below the first"
+            )
+
+
+@dataclass
+class SpikeSettings:
+    """Leave out steps whose loss jumps: on garbage data, for example. Judged by task, before the update.
+
+    A step is one if a task's loss is above `factor` times its mean over the last `window_steps` steps, and
+    more than `sigmas` standard deviations above it; nothing is judged before half the window is seen.
+    action: skip leaves out the step; rewind also goes back to the stage's newest checkpoint and on with the
+    data after the step, at most `max_rewinds` times a stage (null: 3), then skips.
+    """
+
+    sigmas: float = 8.0
+    factor: float = 1.2
+    window_steps: int = 64
+    action: str = "skip"  # skip | rewind
+    max_rewinds: int | None = None
+
+    def __post_init__(self) -> None:
+        where = "train.spike"
+        if self.action not in ("skip", "rewind"):
+            raise ValueError(f"{where}.action is {self.action!r}; use skip or rewind")
+        if self.max_rewinds is not None and self.action == "skip":
+            raise ValueError(f"{where}.max_rewinds has no effect with action skip; remove it, or use rewind")
+        if self.max_rewinds is not None and self.max_rewinds < 1:
+            raise ValueError(f"{where}.max_rewinds is {self.max_rewinds}; it must be at least 1")
+        if self.sigmas <= 0 or self.factor < 1 or self.window_steps < 4:
+            raise ValueError(
+                f"{where}: sigmas must be above 0, factor at least 1 and window_steps at least 4, not "
+                f"{self.sigmas:g}, {self.factor:g} and {self.window_steps}"
+            )
+
+    @property
+    def rewinds(self) -> int:
+        """How often a stage may go back."""
+        return 0 if self.action == "skip" else 3 if self.max_rewinds is None else self.max_rewinds
 
 
 @dataclass
@@ -137,7 +189,8 @@ class TrainSettings:
     stop_before_limit_minutes: float = 3.0  # likewise, before the scheduler's limit, where it tells one
     fit_minutes: float | None = None  # scale all stages' budgets down so that their steps take at most this
     fit_steps: int = 8  # steps of each stage measured for it
-    max_skips_in_a_row: int = 5  # non-finite steps before the run stops
+    max_skips_in_a_row: int = 5  # steps left out (not finite, or a spike) before the run stops
+    spike: SpikeSettings | None = None  # leave out steps whose loss jumps; null = only what is not finite
     peak_tflops: float | None = None  # per process, for MFU; null = measured matrix-multiplication rate
 
     def __post_init__(self) -> None:

@@ -35,10 +35,10 @@ def components(model):
     return {name: list(getattr(model, name).named_parameters()) for name in ("encoder", "decoder")}
 
 
-def make(zero, precision, *, accumulation=1, muon=None, clip=1.0, thaw=False):
+def make(zero, precision, *, accumulation=1, muon=None, clip=1.0, thaw=False, **engine):
     torch.manual_seed(0)
     model = Toy()
-    settings = EngineSettings(zero=zero, precision=precision)
+    settings = EngineSettings(zero=zero, precision=precision, **engine)
     processes = start_processes(settings)
     learn = {
         "encoder": ComponentSettings(lr=1e-2, weight_decay=0.1, muon=muon),
@@ -46,10 +46,10 @@ def make(zero, precision, *, accumulation=1, muon=None, clip=1.0, thaw=False):
     }
     model.frozen.requires_grad_(thaw)
     groups = parameter_groups(components(model), learn)
-    engine = Engine(
+    built = Engine(
         model, groups, settings, processes, zero=zero, clip=clip, micro_batch=2, accumulation=accumulation
     )
-    return engine, Guard(engine, clip, 3)
+    return built, Guard(built, clip, 3)
 
 
 def state_of(engine):
@@ -79,4 +79,4 @@ def step(engine, guard, seed, poison_loss=(), poison_gradient=None, accumulation
         if index + 1 == accumulation:
             guard.before_step()
         engine.deepspeed.step()
-    return guard.after_step(["some-key"], "gradient")
+    return guard.after_step([(0.0, "some-key")], "non-finite gradient")
