@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lclm.train.optim import Group, build_optimizer
 from lclm.train.processes import Processes
@@ -83,6 +84,13 @@ def deepspeed_config(
     if bf16 and zero:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
+    if settings.offload_optimizer:
+        # The engine's own CPU optimizer would have to be compiled; torch's fused AdamW has its mathematics.
+        config["zero_force_ds_cpu_optimizer"] = False
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.cuda.is_available(),
+        }
     if zero == 3:
         config["zero_optimization"] |= {
             "stage3_prefetch_bucket_size": bucket,
@@ -110,7 +118,14 @@ class Engine:
                 f"Muon needs whole matrices and ZeRO {self.zero} cuts them; set engine.zero=0 (or the "
                 "stage's `zero: 0`), or leave `muon` out of the stage's components"
             )
+        if settings.offload_optimizer and self.zero != 3:
+            raise ValueError(
+                f"engine.offload_optimizer works at ZeRO 3, not at ZeRO {self.zero}: at 0 nothing is shared "
+                "out, and at 1 and 2 DeepSpeed sums micro-batches in bf16 and cannot go on after a step that "
+                "was left out; set engine.zero=3 (or the stage's `zero: 3`; one process will do)"
+            )
         self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.learning = [list(group["params"]) for group in groups]
         elements = sum(parameter.numel() for group in groups for parameter in group["params"])
         start = self._learning(model) if self.bf16 else {}
         self.base = build_optimizer([{**group, "lr": 0.0} for group in groups])
@@ -132,11 +147,9 @@ class Engine:
     @torch.no_grad()
     def _set_masters(self, start: dict[str, torch.Tensor]) -> None:
         """In bf16 the engine makes its fp32 masters from rounded weights; give them what was rounded off."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in self.model.named_parameters():
             if name in start and self.zero:
-                safe_set_full_fp32_param(parameter, start[name].to(parameter.device))
+                set_share(parameter, start[name])
             elif name in start:
                 self._master(parameter).copy_(start[name])
 
@@ -236,6 +249,29 @@ class Engine:
     def close(self) -> None:
         """Free what the engine holds; the model cannot be used after it."""
         self.deepspeed.destroy()
+
+
+def set_share(parameter: torch.nn.Parameter, whole: torch.Tensor, key: str | None = None) -> None:
+    """Set this process's share of a parameter's masters, or of its optimizer state `key`, at ZeRO 1 to 3.
+
+    `whole`: all of it, in any shape. The parameter itself, in the engine's precision, stays as it is.
+    """
+    from deepspeed import utils
+
+    cut: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    if cut is None:
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, key)
+        return
+    size, rank = cut.numel(), dist.get_rank()  # the functions for whole tensors fail where a share is padded
+    share = whole.reshape(-1)[size * rank : size * (rank + 1)]
+    share = torch.nn.functional.pad(share, (0, size - share.numel()))
+    if key is None:
+        utils.safe_set_local_fp32_param(parameter, share)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, share, key)
 
 
 def frozen_names(model: torch.nn.Module) -> set[str]:

@@ -12,7 +12,13 @@ from lclm.checkpoint import weights_fingerprint
 from lclm.train.engine import Engine
 from lclm.train.optim import embedding_ids, parameter_groups
 from lclm.train.processes import Processes
-from lclm.train.settings import ActivationCheckpointing, ComponentSettings, LoraSettings, StageSettings
+from lclm.train.settings import (
+    ActivationCheckpointing,
+    CompileSettings,
+    ComponentSettings,
+    LoraSettings,
+    StageSettings,
+)
 
 ADAPTER = "lora"
 """The name of LoRA's weights inside the model while a stage trains them."""
@@ -39,6 +45,26 @@ def prepare(model: Any, stage: StageSettings, checkpointing: ActivationCheckpoin
             getattr(model, name).gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+
+
+def compile_blocks(model: Any, settings: CompileSettings) -> None:
+    """Have torch compile the blocks of each component that asks for it; blocks of a kind share the code.
+
+    In place; names of weights stay. Raises ValueError where a component has no blocks that can be told apart.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for name in ("encoder", "decoder"):
+        if not getattr(settings, name):
+            continue
+        component = getattr(model, name)
+        blocks = [module for module in component.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise ValueError(
+                f"engine.compile.{name}: {type(component).__name__} does not mark its blocks; turn it off"
+            )
+        for block in blocks:
+            block.compile()
 
 
 def add_lora(model: Any, learn: Mapping[str, ComponentSettings]) -> None:
@@ -111,6 +137,7 @@ def build_engine(
 
     model = start_model(recipe, start)
     prepare(model, stage, recipe.engine.activation_checkpointing)
+    compile_blocks(model, recipe.engine.compile)
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     fingerprint = processes.gather(weights_fingerprint(frozen) if processes.main else "")[0]
     groups = parameter_groups(components(model), stage.learn, embedding_ids(model))

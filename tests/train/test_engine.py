@@ -71,3 +71,28 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
     other, _ = make(0, "fp32", thaw=True)
     with pytest.raises(ValueError, match=r"frozen\.bias"):
         other.load(tmp_path)
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+def test_an_offloaded_optimizer_takes_the_same_steps(tmp_path, precision):
+    """Bit for bit, over micro-batches, a step that is left out, and a checkpoint."""
+    found = []
+    for offload in (False, True):
+        engine, guard = make(3, precision, accumulation=2, offload_optimizer=offload)
+        folder = tmp_path / str(offload)
+        skipped = [step(engine, guard, seed, (1,) if seed == 1 else (), accumulation=2) for seed in range(3)]
+        assert engine.save(folder, {}) is None
+        engine.close()
+        engine, guard = make(3, precision, accumulation=2, offload_optimizer=offload)
+        engine.load(folder)
+        skipped.append(step(engine, guard, 3, accumulation=2))
+        found.append((skipped, state_of(engine)))
+        engine.close()
+    assert found[0][0] == [False, True, False, False]
+    assert same(*found)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_offloading_is_refused_where_it_would_do_nothing_or_harm(zero):
+    with pytest.raises(ValueError, match="ZeRO 3"):
+        make(zero, "bf16", offload_optimizer=True)
