@@ -75,6 +75,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def faults(self) -> Path:
+        """Stacks of processes that did not go on."""
+        return self.path / "faults"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's folder."""
         return self.path / "tensorboard"

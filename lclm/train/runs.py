@@ -20,7 +20,16 @@ MAY_CHANGE = (
     *("train.validate_every", "train.validate_batches", "train.probe_every", "train.peak_tflops"),
     *("train.stop_after_steps", "train.stop_after_minutes", "train.stop_before_limit_minutes"),
     *("train.save", "train.snapshot_folder", "train.max_failed_saves"),
-    *("probes", "run_dir", "name", "engine.timeout_minutes", "data.workers", "data.prefetch"),
+    *(
+        "probes",
+        "run_dir",
+        "name",
+        "engine.timeout_minutes",
+        "engine.alone_minutes",
+        "data.workers",
+        "data.prefetch",
+        "data.reading",
+    ),
     *("engine.zero", "stages.*.zero", "engine.bucket_elements", "engine.activation_checkpointing"),
     "data.micro_batch",
 )

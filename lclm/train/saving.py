@@ -40,6 +40,7 @@ class State:
     """Where a run stands.
 
     data: where each lane of data goes on. losses: {task: [nats, loss-bearing tokens]} since the last line.
+    spikes, rewinds: see lclm.train.spikes; of this stage.
     """
 
     step: int = 0
@@ -52,6 +53,8 @@ class State:
     metrics_bytes: int = 0
     data: dict[str, Any] | None = None
     losses: dict[str, list[float]] = field(default_factory=dict)
+    spikes: dict[str, list[list[float]]] = field(default_factory=dict)
+    rewinds: int = 0
 
     def add(self, tally: Tally) -> None:
         """Count a step."""
@@ -67,7 +70,8 @@ class State:
 
     def next_stage(self) -> State:
         """The state in which the next stage begins: data cursors carry over, its own counts start at 0."""
-        return State(**(asdict(self) | {"stage_step": 0, "stage_tokens": 0, "in_a_row": 0, "losses": {}}))
+        own = {"stage_step": 0, "stage_tokens": 0, "in_a_row": 0, "losses": {}, "spikes": {}, "rewinds": 0}
+        return State(**(asdict(self) | own))
 
     @classmethod
     def read(cls, path: Path) -> State:
@@ -91,8 +95,11 @@ class Identity:
     precision: str
     processes: int
 
-    def check(self, path: Path) -> None:
-        """Raises ValueError when the checkpoint at `path` is another run's, or of other processes."""
+    def check(self, path: Path) -> bool:
+        """Whether the checkpoint at `path` must be cut anew (see lclm.train.elastic) to go on here.
+
+        Raises ValueError when it is another run's, or cannot go on here.
+        """
         theirs = read_json(path / STATE)["identity"]
         if theirs["run"] != self.run:
             raise ValueError(f"{path} belongs to another run; remove it, or give this run another run_dir")
@@ -101,17 +108,17 @@ class Identity:
                 f"{path}: the frozen weights that this stage starts from are not those it was trained on; "
                 "restore the files that `model` names, or the export of the stage before"
             )
-        for name in ("zero", "precision"):
-            if theirs[name] != getattr(self, name):
-                raise ValueError(
-                    f"{path} was written with {name} {theirs[name]}, not {getattr(self, name)}; set it back, "
-                    "or start a new run with another run_dir"
-                )
-        if theirs["processes"] != self.processes and self.zero:
+        if theirs["precision"] != self.precision:
             raise ValueError(
-                f"{path} was written by {theirs['processes']} processes at ZeRO {self.zero}, which cuts the "
-                f"optimizer's state by their number; start that many instead of {self.processes}"
+                f"{path} was written with precision {theirs['precision']}, not {self.precision}; "
+                "set it back, or start a new run with another run_dir"
             )
+        if bool(theirs["zero"]) != bool(self.zero):
+            raise ValueError(
+                f"{path} was written at ZeRO {theirs['zero']}, not {self.zero}. A run may change among ZeRO 1, "
+                "2 and 3, but not between 0 and them; set it back, or start a new run with another run_dir"
+            )
+        return bool(self.zero) and (theirs["zero"], theirs["processes"]) != (self.zero, self.processes)
 
 
 def save_checkpoint(engine: Engine, folder: StageFolder, state: State, identity: Identity, keep: int) -> Path:
@@ -139,12 +146,12 @@ def save_checkpoint(engine: Engine, folder: StageFolder, state: State, identity:
             finish_checkpoint(final, content, {name: value for part in parts for name, value in part.items()})
 
     _together(processes, final, finish)
-    return final
-
-
     if processes.main:
         with contextlib.suppress(OSError):
             folder.prune(keep)
+    return final
+
+
 def _raise(error: str | None) -> None:
     if error:
         raise OSError(error)
@@ -219,11 +226,12 @@ def copy_export(stage: StageFolder, final: Path, processes: Processes) -> None:
     """Make the last stage's export the run's, whole or absent, or check the one that is there. Collective."""
     processes.barrier()
     error = None
-    if processes.main and not final.is_dir():
-        try:
-            write_folder(final, lambda folder: shutil.copytree(stage.export, folder, dirs_exist_ok=True))
-        except ValueError as problem:
-            error = str(problem)
+    with processes.alone("export"):
+        if processes.main and not final.is_dir():
+            try:
+                write_folder(final, lambda folder: shutil.copytree(stage.export, folder, dirs_exist_ok=True))
+            except ValueError as problem:
+                error = str(problem)
     processes.agree(error)
     check_export(stage, final, processes)
 
