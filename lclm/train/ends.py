@@ -22,7 +22,14 @@ AGAIN_SECONDS = 3.0
 
 
 class Requeue(Exception):
-    """The run was asked to stop and has; nothing is lost, the same command goes on."""
+    """The run was asked to stop and has; nothing is lost, the same command goes on.
+
+    together: all processes raise it at the same place; otherwise this one has to tell the others.
+    """
+
+    def __init__(self, reason: str, *, together: bool = False) -> None:
+        super().__init__(reason)
+        self.together = together
 
 
 class Lost(Exception):
@@ -49,9 +56,9 @@ class Stop:
         self._handlers = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if kind is None else signal.SIG_IGN)  # it is ending already
 
     def _hear(self, number: int, _: object) -> None:
         if os.getpid() != self._pid:

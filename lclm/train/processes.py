@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from lclm.train import ends
 from lclm.train.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from lclm.train.lifeline import Lifeline
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: `rank` of `size`, and the device that it computes on."""
+    """This process among all: `rank` of `size`, the device that it computes on, what it is watched by."""
 
     rank: int
     size: int
     device: torch.device
+    lifeline: Lifeline | None = None
 
     @property
     def main(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Tell the others that this process enters a phase (of a step, where one is given)."""
+        if self.lifeline is not None:
+            self.lifeline.at(phase, step)
+
+    def write_faults_to(self, folder: Path) -> None:
+        """Stacks of a process that does not go on are written there."""
+        if self.lifeline is not None:
+            self.lifeline.write_to(folder)
+
+    @contextlib.contextmanager
+    def alone(self, phase: str) -> Iterator[None]:
+        """Around long work of the main process only; the others wait as long as it is alive. Collective."""
+        if self.lifeline is not None:
+            with self.lifeline.alone(phase):
+                yield
+        else:
+            yield
+            self.barrier()
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -66,6 +95,11 @@ class Processes:
             raise ValueError(found[0])
 
 
+LEAVE_SECONDS = 60.0
+LIFELINE_FIRST = timedelta(seconds=30)
+"""What a collective waits for longer than `engine.timeout_minutes`: the lifeline names who is missing."""
+
+
 def start_processes(settings: EngineSettings) -> Processes:
     """Join the processes that torchrun (or another launcher) started; alone without its environment."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -79,7 +113,7 @@ def start_processes(settings: EngineSettings) -> Processes:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        timeout = timedelta(minutes=settings.timeout_minutes)
+        timeout = timedelta(minutes=settings.timeout_minutes) + LIFELINE_FIRST
         backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -89,12 +123,17 @@ def start_processes(settings: EngineSettings) -> Processes:
 
 
 def leave_processes() -> None:
-    """End the process groups; the last thing a process does.
+    """End the process groups; the last thing that a process does which has done all its work.
 
-    Left to the interpreter's end, gloo's threads now and then abort a process that has done all its work.
+    Left to the interpreter's end, gloo's threads now and then abort it. Should another process be gone by
+    now, so that they cannot be ended, this one still ends well.
     """
     if dist.is_initialized():
+        unable = threading.Timer(LEAVE_SECONDS, ends.end, [ends.COMPLETE], {"at_once": True})
+        unable.daemon = True
+        unable.start()
         dist.destroy_process_group()
+        unable.cancel()
 
 
 def end_with_launcher() -> None:
