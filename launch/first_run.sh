@@ -22,7 +22,7 @@ if [ -f "$run/export/config.json" ]; then
     skipped+=("training  $run, by $recipe as it was then")
 else
     say "training: $recipe on two processes -> $run"
-    launch/local.sh 2 "$recipe"
+    launch/torchrun.sh 2 "$recipe"
 fi
 
 if [ "$run/report.html" -nt "$run/metrics.jsonl" ]; then
