@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lclm.data.arrays import Batch, LaidOut, Step, lay_out_pack, make_batch
@@ -255,7 +255,7 @@ class Loader:
             "run_samples": settings.run_samples,
             "fingerprints": dict(self._fingerprints),
             "mixture": {name: float(share) for name, share in settings.mixture.items()},
-            "pack": [settings.pack.positions, settings.pack.rows, settings.pack.latents],
+            "pack": [value for value in astuple(settings.pack) if value is not None],
             "cursors": dict(cursors),
         }
 

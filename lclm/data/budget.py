@@ -90,7 +90,7 @@ def propose(
     fills = []
     for count in sorted({max(1, math.floor(rows)), max(1, math.ceil(rows))}):
         worst = -(-count * geometry.row_length // least)
-        shape = PackSettings(settings.pack.positions, count, -(-worst * 9 // 8 // 8) * 8)
+        shape = replace(settings.pack, rows=count, latents=-(-worst * 9 // 8 // 8) * 8)
         fill = measure(replace(settings, pack=shape), tokenizer, geometry, seed=seed, ratios=ratios)
         fills.append(fill)
     fills.sort(key=lambda fill: (-fill.good, -min(fill.mean[:2])))

@@ -12,8 +12,8 @@ import numpy as np
 
 PAGE = 512
 """Rows of an index that are read and kept together."""
-PAGES = 256
-"""Pages kept: 4 MiB."""
+PAGES = 64
+"""Pages kept: 1 MiB."""
 HEADER = 128
 """Bytes of the header that numpy writes before an array of this kind."""
 COLUMNS = 4
@@ -67,7 +67,8 @@ class Shards(Sequence[Shard]):
         if isinstance(number, slice):
             return [self[place] for place in range(len(self))[number]]
         values: dict[str, Any] = {name: column[number].item() for name, column in self._columns.items()}
-        return Shard(**{name: v.decode() if isinstance(v, bytes) else v for name, v in values.items()})
+        values |= {name: value.decode() for name, value in values.items() if isinstance(value, bytes)}
+        return Shard(**values)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[number] for number in range(len(self)))

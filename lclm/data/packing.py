@@ -373,7 +373,7 @@ class _Filling:
         held = document.held
         draws = entry.stream.source.draws(held.epoch, held.shard, held.number, held.offset)
         most = self.room.positions if limit is None else limit
-        cut = entry.task.cut(document, self.room, draws, most)
+        cut = entry.task.cut(document, self.room.for_cutting(), draws, most)
         if cut is None and not self.examples and document.blank:
             self.lane.drop(entry.task.name, "no tokens")
             entry.documents.pop(0)

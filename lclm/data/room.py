@@ -1,7 +1,8 @@
-"""The room that is left in a pack, in decoder positions, encoder rows and latents."""
+"""The room that is left in a pack: decoder positions and attention over them, encoder rows, latents."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lclm.data.settings import PackSettings
@@ -9,14 +10,18 @@ from lclm.model.spans import Geometry, Size, fill_rows
 
 
 class Room:
-    """What is still free of a pack's three budgets. Windows are placed exactly as `lay_out` will place them.
+    """What is still free of a pack's budgets. Windows are placed exactly as `lay_out` will place them.
 
-    positions, latents: free decoder positions and latents. windows: row tokens of the windows already placed.
+    positions, latents: free decoder positions and latents. open: how many of the positions the next example,
+    or the one in the making, may take. windows: row tokens of the windows already placed.
     """
 
     def __init__(self, pack: PackSettings, geometry: Geometry) -> None:
         self.geometry, self.rows = geometry, pack.rows
         self.positions, self.latents = pack.positions, pack.latents
+        self.open = pack.positions
+        self.attention = pack.attention
+        self.squares = (pack.attention or 0) * pack.positions
         self.windows: list[int] = []
         self._gaps: list[int] | None = None
 
@@ -24,9 +29,28 @@ class Room:
         """A room to try things in."""
         other = object.__new__(Room)
         other.geometry, other.rows = self.geometry, self.rows
-        other.positions, other.latents = self.positions, self.latents
+        other.positions, other.latents, other.open = self.positions, self.latents, self.open
+        other.attention, other.squares = self.attention, self.squares
         other.windows, other._gaps = list(self.windows), self._gaps
         return other
+
+    def for_cutting(self) -> Room:
+        """The same room for a text that can be cut: it keeps to attention's budget in an empty pack too."""
+        room = self.copy()
+        room.open = self._longest()
+        return room
+
+    def _longest(self) -> int:
+        """Positions that an example may take and leave half of attention's budget for each position after it.
+
+        An example of L positions takes L * L of the budget, attention * positions in all. With half kept,
+        what follows may always be as long as half of `attention`: the pack fills up whatever came first.
+        """
+        if self.attention is None:
+            return self.positions
+        kept = max(1, self.attention // 2)
+        spare = max(0, self.squares - kept * self.positions)
+        return min(self.positions, (kept + math.isqrt(kept * kept + 4 * spare)) // 2)
 
     @property
     def row_tokens(self) -> int:
@@ -56,28 +80,36 @@ class Room:
     def fits(self, size: Size) -> bool:
         """Whether an example of this size fits."""
         return (
-            size.positions <= self.positions
-            and size.latents <= self.latents
-            and self.fits_windows(size.windows)
+            size.positions <= self.open and size.latents <= self.latents and self.fits_windows(size.windows)
         )
 
     def take(self, size: Size) -> None:
         """Take the room of an example that fits."""
+        self._take(size)
+        self.squares -= size.positions**2
+        self.open = self._longest()
+
+    def _take(self, size: Size) -> None:
         self.positions -= size.positions
+        self.open -= size.positions
         self.latents -= size.latents
         if size.windows:
             self.windows.extend(size.windows)
             self._gaps = None
 
+    def take_text(self, tokens: int) -> None:
+        """Take the room of one text of the example in the making; a negative number gives it back."""
+        self._take(Size(tokens, (), 0))
+
     def take_memory(self, tokens: int, ratio: int) -> None:
-        """Take the room of one memory, its two marks included."""
+        """Take the room of one memory of the example in the making, its two marks included."""
         latents = self.geometry.latents(tokens, ratio)
-        self.take(Size(latents + 2, tuple(self.geometry.windows(tokens, ratio).tolist()), latents))
+        self._take(Size(latents + 2, tuple(self.geometry.windows(tokens, ratio).tolist()), latents))
 
     def fits_memory(self, tokens: int, ratio: int) -> bool:
         """Whether one memory of `tokens` tokens fits."""
         latents = self.geometry.latents(tokens, ratio)
-        if latents > self.latents or latents + 2 > self.positions:
+        if latents > self.latents or latents + 2 > self.open:
             return False
         return self.fits_windows(self.geometry.windows(tokens, ratio).tolist())
 

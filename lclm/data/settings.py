@@ -26,6 +26,8 @@ TASK_OPTIONS: dict[str, dict[str, Any]] = {
     "chat": {"ratios": None, "over_budget": "skip"},
 }
 """The options that each task uses, with their defaults."""
+LEAST_ATTENTION = 64
+"""Below it, texts would be cut into shreds."""
 
 
 @dataclass
@@ -40,17 +42,26 @@ class PackSettings:
     """The fixed shape of one pack. `lclm data budget RECIPE` proposes rows and latents for given positions.
 
     positions: D, decoder positions. rows: E, encoder rows. latents: M, rows of the table of latents.
+    attention: the most that the squared lengths of a pack's examples may sum to, per decoder position; longer
+    texts are cut (never a conversation). It evens out the decoder's work between processes; null: no bound.
     """
 
     positions: int = 4096
     rows: int = 4
     latents: int = 1024
+    attention: int | None = None
 
     def validate(self, where: str = "data.pack") -> None:
-        """ValueError unless all three are at least 1."""
+        """ValueError unless all are at least 1, and attention's bound is one."""
         for item in fields(self):
-            if getattr(self, item.name) < 1:
-                raise ValueError(f"{where}.{item.name} is {getattr(self, item.name)}; it must be at least 1")
+            value = getattr(self, item.name)
+            if value is not None and value < 1:
+                raise ValueError(f"{where}.{item.name} is {value}; it must be at least 1")
+        if self.attention is not None and not LEAST_ATTENTION <= self.attention < self.positions:
+            raise ValueError(
+                f"{where}.attention is {self.attention}; it must be at least {LEAST_ATTENTION} and below "
+                f"positions ({self.positions}), where it would bound nothing; null sets no bound"
+            )
 
 
 @dataclass

@@ -162,9 +162,9 @@ class Plain(Task):
     flexible, compresses = True, False
 
     def cut(self, document: Document, room: Room, draws: random.Random, limit: int) -> Cut | None:
-        if room.positions < LEAST_TEXT:
+        if room.open < LEAST_TEXT:
             return None
-        words = document.words(document.held.offset, min(limit, room.positions), room.positions, self.ending)
+        words = document.words(document.held.offset, min(limit, room.open), room.open, self.ending)
         if words is None:
             return None
         ids, end, ended = words
@@ -190,13 +190,13 @@ class Interleave(Task):
         return tuple(s / (1 - s + s / ratio) for s in (self.low, self.high))  # type: ignore[return-value]
 
     def cut(self, document: Document, room: Room, draws: random.Random, limit: int) -> Cut | None:
-        if room.positions < LEAST_TEXT:
+        if room.open < LEAST_TEXT:
             return None
         trial, at, ended = room.copy(), document.held.offset, False
         spans: list[Span] = []
         rows_left, text_from = True, at
         memory_next = draws.random() < 0.5 or self._scarce(trial)
-        while not ended and trial.positions and rows_left:
+        while not ended and trial.open and rows_left:
             if memory_next:
                 taken = self._memory(document, at, trial, draws)
                 rows_left = taken is not None
@@ -204,7 +204,7 @@ class Interleave(Task):
                     spans.append(taken[0])
                     at = taken[1]
                 elif spans:
-                    trial.positions += len(spans.pop().ids)
+                    trial.take_text(-len(spans.pop().ids))
                     at = text_from
             words = self._text(document, at, trial, draws, rows_left)
             if words is None:
@@ -212,7 +212,7 @@ class Interleave(Task):
             text_from = at
             ids, at, ended = words
             spans.append(Span("text", ids, loss=True))
-            trial.positions -= len(ids)
+            trial.take_text(len(ids))
             memory_next = True
         if not spans or spans[-1].kind == "memory":
             return None
@@ -248,7 +248,7 @@ class Interleave(Task):
         want = max(want, min(self.least, rest * share))
         if room.row_tokens < 1.5 * want or self._scarce(room):
             want = room.row_tokens
-        most = min(self.most, rest - LEAST_TEXT, (room.positions - 2 - LEAST_TEXT) * ratio)
+        most = min(self.most, rest - LEAST_TEXT, (room.open - 2 - LEAST_TEXT) * ratio)
         length = room.memory_length(int(want), min(self.least, int(rest * share)), most, ratio)
         taken = document.memory(at, length, ratio) if length else None
         if taken is None or not room.fits_memory(len(taken[0]), ratio):
@@ -259,15 +259,15 @@ class Interleave(Task):
     def _text(
         self, document: Document, at: int, room: Room, draws: random.Random, rows_left: bool
     ) -> tuple[np.ndarray, int, bool] | None:
-        """A text span from `at`; the last one takes all positions, others leave enough for memory to come."""
-        tokens = room.positions
+        """A text span from `at`; the last one takes what is open, others leave enough for memory to come."""
+        tokens = room.open
         if rows_left and room.row_tokens >= self.least:
             share = self._share(room)
             want = max(self.least, int(self.span_length(draws) * min(1.0, (1 - share) / share)))
             want = max(LEAST_TEXT, min(want, room.positions - self._kept(room)))
-            if room.positions - want > LEAST_TEXT + 2:
+            if room.open - want > LEAST_TEXT + 2:
                 tokens = want
-        return document.words(at, tokens, room.positions, self.ending)
+        return document.words(at, tokens, room.open, self.ending)
 
 
 class Reconstruct(Task):
@@ -297,7 +297,7 @@ class Reconstruct(Task):
         rest = document.encoder.rest(at, self.most)
         least, most = min(self.least, rest), min(self.most, rest)
         repeated = 0.0 if self.excerpt else 1.0
-        free = room.positions - self.fixed - (self.excerpt or 0)
+        free = room.open - self.fixed - (self.excerpt or 0)
         for _ in range(4):
             most = min(most, int(free / (1 / ratio + repeated)))
             if most < least or most < 1:
@@ -309,7 +309,7 @@ class Reconstruct(Task):
             cut = self._example(document, taken, ratio, place)
             if room.fits(cut.size):
                 return cut
-            most = min(most, length) - max(1, cut.size.positions - room.positions)
+            most = min(most, length) - max(1, cut.size.positions - room.open)
         return None
 
     def _example(self, document: Document, taken: tuple[np.ndarray, int], ratio: int, place: float) -> Cut:
