@@ -16,14 +16,14 @@ import contextlib
 import hashlib
 import io
 import json
+import re
+import shutil
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lclm.checkpoint import (
     CHECKSUMS,
@@ -40,48 +40,42 @@ from lclm.train.engine import TAG, Engine, set_share
 from lclm.train.processes import Processes
 
 CONVERTED, ORIGIN = "universal", "origin.json"
+OPTIMIZER = "_optim_states.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SECONDS_PER_GIB = 60.0
-"""What a conversion may take beside the bound of any wait; it took a sixth of it on two old cores."""
 
 
-def restore_moved(engine: Engine, checkpoint: Path, minutes: float, say: Callable[[str], None]) -> None:
+def restore_moved(engine: Engine, checkpoint: Path, say: Callable[[str], None]) -> None:
     """Put a checkpoint of other processes, or of another ZeRO stage, into an engine at its stage's start.
 
-    Masters, moments and step counts become bit for bit the saved ones. Collective. `minutes` bounds a wait
-    for another process. Raises ValueError when the disk is full, or when other weights learn.
+    Masters, moments and step counts become bit for bit the saved ones. Collective. Raises ValueError when the
+    disk is full, or when other weights learn.
     """
-    folder = universal(checkpoint, engine.processes, minutes, say)
+    folder = universal(checkpoint, engine.processes, say)
     steps = read_json(folder / ORIGIN)["steps"]
     if steps:  # before the optimizer's first step, all is as the stage's start has it
         put(engine, folder / CONVERTED / "zero", steps)
     engine.apply_settings(1.0)
 
 
-def universal(checkpoint: Path, processes: Processes, minutes: float, say: Callable[[str], None]) -> Path:
+def universal(checkpoint: Path, processes: Processes, say: Callable[[str], None]) -> Path:
     """The checkpoint's universal form, converted if it is not there or is not whole. Collective."""
     final = universal_folder(checkpoint)
     found = [text for text in processes.gather(_unfit(final, checkpoint, processes)) if text]
     if not found:
         return final
     size = sum(path.stat().st_size for path in list_files(checkpoint / TAG))
-    patience = timedelta(minutes=minutes, seconds=size / 2**30 * SECONDS_PER_GIB)
     identity = read_json(checkpoint / "state.json")["identity"]
     say(
         f"{checkpoint.name} was written by {identity['processes']} processes at ZeRO {identity['zero']}; "
-        f"cutting it anew ({size / 2**20:,.0f} MiB, at most {patience.total_seconds() / 60:,.0f} minutes)"
+        f"cutting its {size / 2**20:,.1f} MiB anew; the other processes wait"
     )
     began, error = time.monotonic(), None
-    patient = dist.new_group(backend="gloo", timeout=patience)
-    try:
+    with processes.alone("cutting a checkpoint anew"):
         if processes.main:
             try:
                 write_folder(final, lambda folder: _convert(checkpoint, folder))
             except (OSError, ValueError) as problem:
                 error = str(problem)
-        dist.barrier(group=patient)
-    finally:
-        dist.destroy_process_group(patient)
     processes.agree(error)
     say(f"cut anew in {time.monotonic() - began:,.1f} s")
     return final
@@ -93,8 +87,10 @@ def _convert(checkpoint: Path, folder: Path) -> None:
 
     steps = optimizer_steps(checkpoint / TAG)
     if steps:
+        source = folder / "source"
+        link_without_paddings(checkpoint / TAG, source)
         options = argparse.Namespace(
-            input_folder=str(checkpoint / TAG),
+            input_folder=str(source),
             output_folder=str(folder / CONVERTED),
             num_extract_workers=1,
             num_merge_workers=1,
@@ -105,13 +101,35 @@ def _convert(checkpoint: Path, folder: Path) -> None:
         talk = io.StringIO()
         with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
             ds_to_universal.main(options)
+        shutil.rmtree(source)
     write_json(folder / ORIGIN, {"schema": SCHEMA, "of": _fingerprint(checkpoint), "steps": steps})
     write_json(folder / CHECKSUMS, {"schema": SCHEMA, "files": checksums(folder, list_files(folder))})
 
 
+def link_without_paddings(engine_folder: Path, source: Path) -> None:
+    """Links to the engine's files in a folder `source`, but the last process's says that nothing is padding.
+
+    At ZeRO 1 and 2 the end of a parameter group is padded. DeepSpeed's converter takes all of that for the
+    last process's and fails where a share is shorter; it need not know, having the place of every weight.
+    """
+    source.mkdir()
+    files = sorted(
+        engine_folder.glob("*.pt"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)]
+    )
+    for path in files:
+        (source / path.name).symlink_to(path.resolve())
+    last = [path for path in files if path.name.endswith(OPTIMIZER)][-1]
+    saved = torch.load(last, map_location="cpu", mmap=True, weights_only=False)
+    paddings = saved["optimizer_state_dict"].get("group_paddings", [])
+    if any(paddings):
+        saved["optimizer_state_dict"]["group_paddings"] = [0] * len(paddings)
+        (source / last.name).unlink()
+        torch.save(saved, source / last.name)
+
+
 def optimizer_steps(engine_folder: Path) -> int:
     """Steps that the optimizer took, as the state of the first process says. ValueError if groups differ."""
-    path = min(engine_folder.glob("*_optim_states.pt"))
+    path = min(engine_folder.glob(f"*{OPTIMIZER}"))
     saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
     state = saved.get("base_optimizer_state") or saved["optimizer_state_dict"]
     counts = {int(entry["step"]) for entry in state["state"].values()}

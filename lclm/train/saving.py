@@ -115,8 +115,8 @@ class Identity:
             )
         if bool(theirs["zero"]) != bool(self.zero):
             raise ValueError(
-                f"{path} was written at ZeRO {theirs['zero']}, not {self.zero}. A run may change among ZeRO 1, "
-                "2 and 3, but not between 0 and them; set it back, or start a new run with another run_dir"
+                f"{path} was written at ZeRO {theirs['zero']}, not {self.zero}. A run may change among ZeRO "
+                "1 to 3, but not between 0 and them; set it back, or start a new run with another run_dir"
             )
         return bool(self.zero) and (theirs["zero"], theirs["processes"]) != (self.zero, self.processes)
 

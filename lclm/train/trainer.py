@@ -128,7 +128,7 @@ class StageTrainer:
         path = newest_checkpoint(self.folder, processes, progress.say)
         if path is not None:
             if self.identity.check(path):
-                restore_moved(engine, path, self.recipe.engine.timeout_minutes, progress.say)
+                restore_moved(engine, path, progress.say)
             else:
                 engine.load(path)
             self.state, self.resumed = State.read(path / STATE), True

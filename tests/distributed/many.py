@@ -1,7 +1,7 @@
 """Run by torchrun with a file of jobs: many small engines and runs, one after another in the same processes.
 
-A job is {"do": name of a function here, ...its arguments}. Starting processes costs seconds, so one launch per
-number of processes does all that the tests want of it.
+A job is {"do": name of a function here, ...its arguments}. Starting processes costs seconds, so that few
+launches do all that the tests want.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,11 @@ def identity(engine: Engine) -> Identity:
     return Identity("run", "frozen", engine.zero, precision, engine.processes.size)
 
 
-def cut(folder: str, zero: int, precision: str, steps: int = 3) -> None:
+def cut(folder: str, zero: int, precision: str, steps: int = 3, seed: int = 1) -> None:
     """Train the odd engine a little, save it, and write down all of it."""
-    engine = odd_engine(zero, precision, seed=1)
-    for seed in range(steps):
-        take_step(engine, seed)
+    engine = odd_engine(zero, precision, seed)
+    for number in range(steps):
+        take_step(engine, number)
     save_checkpoint(engine, StageFolder(Path(folder)), State(stage_step=steps), identity(engine), keep=2)
     state = state_of(engine) if steps else {}
     if engine.processes.main:
@@ -123,7 +124,7 @@ def cut_anew(folder: str, zero: int, precision: str) -> None:
     name = f"{folder} at {engine.processes.size} processes and ZeRO {zero}"
     assert identity(engine).check(path), f"{name} needs no cutting"
     said: list[str] = []
-    restore_moved(engine, path, 10.0, said.append)
+    restore_moved(engine, path, said.append)
     found = state_of(engine)
     if engine.processes.main:
         wrong = same(expected, found)
@@ -133,6 +134,14 @@ def cut_anew(folder: str, zero: int, precision: str) -> None:
     later = state_of(engine)
     assert later["steps"] == found["steps"] + 1
     engine.close()
+
+
+def hang_in_conversion(folder: str) -> None:
+    """Begin to convert what `cut` wrote, and hang half way."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    with mock.patch.object(ds_to_universal, "_save_optimizer_state", lambda *_: time.sleep(600)):
+        cut_anew(folder, 3, "fp32")
 
 
 def copy(source: str, target: str) -> None:
