@@ -29,6 +29,7 @@ class Size:
     min_span: int
     max_span: int
     settings: dict[str, Any] = field(default_factory=dict)  # of LCLMConfig
+    decoder: dict[str, Any] | None = None  # the decoder's layers where they differ
 
 
 def _qwen3(width: int, layers: int, heads: int, inner: int, vocabulary: int) -> dict[str, Any]:

@@ -42,3 +42,22 @@ def test_programs_write_results(name, tmp_path):
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["rows"] and content["machine"] and content["date"]
     assert (tmp_path / "out.md").read_text().count("| tiny |") == len(content["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--no-deepspeed"], ["--offload"]], ids=["", "plain torch", "offload"])
+def test_the_step_at_size_runs_in_small(more, tmp_path):
+    """The program for large GPUs, as it is, at toy size."""
+    command = [sys.executable, str(BENCHMARKS / "step_at_size.py"), "--quick", "--rounds", "3"]
+    options = ["--stages", "adapter", "joint", "--device", "cpu", "--name", str(tmp_path / "out")]
+    subprocess.run([*command, *options, *more], check=True, capture_output=True, timeout=600)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {(row["stage"], row["loop"], row["attention"]) for row in rows} == {
+        (stage, *kind)
+        for stage in ("adapter", "joint")
+        for kind in (("lclm", "sdpa"), ("lclm", "eager"), ("plain", "sdpa"))
+    }
+    for row in rows:
+        alike = [other["loss"] for other in rows if other["stage"] == row["stage"]]
+        assert row["loss"] == pytest.approx(alike[0], rel=1e-3)
+        assert 0 < row["MFU %"] < 100
