@@ -48,16 +48,6 @@ def test_two_processes_killed_and_resumed(data, tmp_path, zero):
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_is_refused_where_state_is_cut(data, tmp_path):
-    path, run = small_recipe(data, tmp_path, "run", zero=1)
-    kill_at(path, run, 6, processes=2)
-    process = small.start(path, processes=1)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode != 0
-    assert "written by 2 processes at ZeRO 1" in " ".join(output.replace("│", " ").split())
-
-
-@pytest.mark.slow
 def test_muon_with_one_process_and_two(data, tmp_path):
     muon = small.stage(STEPS)
     for name in ("encoder", "decoder"):
