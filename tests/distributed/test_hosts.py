@@ -16,14 +16,6 @@ AMONG = ["--nodes=2", "--rendezvous=node1:29400", "--hosts=node1,node2", "--id=r
 LAUNCH = [str(ROOT / "launch" / "torchrun.sh"), *AMONG]
 
 
-@pytest.fixture(scope="module")
-def one(data, tmp_path_factory):
-    """The run that one process makes."""
-    run = tmp_path_factory.mktemp("one") / "run"
-    small.run(tiny(data, run, 0))
-    return run
-
-
 @pytest.fixture
 def hosts(tmp_path):
     need()

@@ -13,14 +13,6 @@ SCRIPT = "launch/slurm.sbatch"
 
 
 @pytest.fixture(scope="module")
-def one(data, tmp_path_factory):
-    """The run that one process makes."""
-    run = tmp_path_factory.mktemp("one") / "run"
-    small.run(tiny(data, run, 0))
-    return run
-
-
-@pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     need("slurmctld", "slurmd", "sbatch", "munged")
     folder = tmp_path_factory.mktemp("slurm")
