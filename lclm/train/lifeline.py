@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -77,6 +78,7 @@ class Lifeline:
     def __enter__(self) -> Lifeline:
         if self.size > 1:
             self._connect()
+        self._arm()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch)]
         for thread in self._threads:
             thread.start()
@@ -86,6 +88,12 @@ class Lifeline:
         """Stacks go to a file of this process in `folder` from now on, not to standard error."""
         folder.mkdir(parents=True, exist_ok=True)
         self._faults = (folder / f"process-{self.rank:04d}.txt").open("a")
+        self._arm()
+
+    def _arm(self) -> None:
+        """Set faulthandler's timer again: it goes off when no thread of this process can do so in time."""
+        file = self._faults or sys.__stderr__ or 2
+        faulthandler.dump_traceback_later(self.limits.still + BEAT, exit=True, file=file)
 
     def at(self, phase: str, step: int | None = None) -> None:
         """This process enters a phase; all processes enter the same ones in the same order."""
@@ -126,6 +134,8 @@ class Lifeline:
     def explain(self, error: Exception) -> Verdict | None:
         """Why something failed on this process: another one's end, if there is one. Waits some seconds."""
         if self.verdict is None and self.size > 1:
+            traces = list(traceback.walk_tb(error.__traceback__))
+            self.place.look(traces[-1][0] if traces else None)
             self.place.failed = f"{type(error).__name__}: {error}"
             self._wake.set()
             self._judged.wait(self.limits.failed + 3 * BEAT)
@@ -168,7 +178,7 @@ class Lifeline:
         while time.monotonic() < until:
             quiet = time.monotonic() - self.limits.failed
             others = [seen for rank, seen in self._seen.items() if rank]
-            if all(seen.place.end is not None or seen.heard < quiet for seen in others):
+            if all(seen.place.end or seen.place.told or seen.heard < quiet for seen in others):
                 return
             self._wake.set()
             time.sleep(0.05)
@@ -200,9 +210,10 @@ class Lifeline:
     def _talk(self) -> None:
         """The talking thread: a beat a second. A store that is gone is noted; the judge decides."""
         while True:
-            last = self._over.is_set()
+            last = self._over.is_set() or (self.rank and self._judged.is_set())
             self.place.beats += 1
-            self.place.look(main_frame(self._main_thread))
+            if not self.place.failed:
+                self.place.look(main_frame(self._main_thread))
             now = time.monotonic()
             self._seen[self.rank].take(Place(**vars(self.place)), now)
             if self._store is not None:
@@ -240,9 +251,7 @@ class Lifeline:
         ticked = time.monotonic()
         while not self._over.wait(BEAT / 2):
             now = time.monotonic()
-            faulthandler.dump_traceback_later(
-                self.limits.still + BEAT, exit=True, file=self._faults or sys.__stderr__ or 2
-            )
+            self._arm()
             if now - ticked > 5 * BEAT:  # the whole process was stopped
                 for seen in self._seen.values():
                     seen.shift(now - ticked)
@@ -274,6 +283,8 @@ class Lifeline:
             if self._faults is not None:
                 verdict = Verdict(LOST, f"{verdict.text}\nstacks: {Path(self._faults.name).parent}")
         self.verdict = verdict
+        self.place.told = True
+        self._wake.set()
         self._judged.set()
         if self._closing.wait(GRACE):
             return

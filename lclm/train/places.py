@@ -21,7 +21,7 @@ class Place:
 
     marks: phases it has entered, in an order that is the same on all processes. alone: the main process works
     while the others wait. line: where its main thread is; waiting: whether in a collective. failed: it could
-    not go on, and asks why. end: [exit code, why] once it leaves.
+    not go on, and asks why. told: it knows the verdict. end: [exit code, why] once it leaves.
     """
 
     host: str = ""
@@ -32,6 +32,7 @@ class Place:
     line: str = ""
     waiting: bool = False
     failed: str = ""
+    told: bool = False
     end: list[int | str] | None = None
     beats: int = 0
 

@@ -31,6 +31,7 @@ def work(what: str, lifeline: Lifeline, who: int) -> None:
             while True:
                 time.sleep(0.01)
         elif what == "lock":  # a function of C called with the interpreter's lock held
+            time.sleep(1.5)
             ctypes.PyDLL(None).sleep(1000)
         elif what == "error":
             raise ValueError("this disk is full")
