@@ -136,9 +136,10 @@ class _Packs:
 
 
 def _start_worker(worker: int) -> None:
-    """Let the worker end with its parent, leave Ctrl-C to the parent, and keep what it inherited as it is."""
+    """Let the worker end with its parent, leave signals to that, and keep what it inherited as it is."""
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler sends them to all processes of a job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
