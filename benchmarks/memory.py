@@ -113,7 +113,7 @@ def measure(path: Path, processes: int) -> float:
 
 
 def child(path: Path) -> None:
-    """One process of a measurement: steps of a tiny model, so that all is loaded; then the one in question."""
+    """One process: steps of a tiny model, so that all is loaded, then those in question."""
     from lclm.recipe import load_recipe
     from lclm.train.processes import leave_processes, start_processes
 

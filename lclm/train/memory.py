@@ -109,11 +109,7 @@ def memory(weights: Weights, engine: Engine, rehearsed: Rehearsed) -> Memory:
 
 def _cut_gradients(engine: Engine, share: float) -> float:
     """This process's part of the gradients while the passes run."""
-    if engine.zero < 2:
-        return 0.0
-    if engine.offload and engine.zero == 2 and engine.accumulation == 1:
-        return 0.0
-    if engine.zero == 3 and engine.offload:
+    if engine.zero < 2 or engine.offload:
         return 0.0
     twice = engine.zero == 2 and not engine.bf16 and engine.accumulation > 1
     return (8 if twice else 4) * share
@@ -140,10 +136,10 @@ def _step(weights: Weights, engine: Engine, share: float) -> dict[str, float]:
         updating = 4 * learning if engine.bf16 else 0
         return {"gradients": float(engine.bytes * learning), "buckets": float(max(reducing, updating))}
     if engine.offload:
-        return {"gradients": 0.0 if engine.zero > 1 else 4.0 * learning, "buckets": float(4 * bucket)}
+        return {"buckets": 4.0 * bucket}
     if engine.zero == 1:
-        reducing = 4 * (2 if engine.overlap else 1) * bucket + (4 * share if engine.bf16 else 0)
-        return {"gradients": 4.0 * learning, "buckets": float(reducing)}
+        buffers = 4 * (2 if engine.overlap else 1) * bucket + (4 * share if engine.bf16 else 0)
+        return {"gradients": 4.0 * learning, "buckets": buffers}
     copy = 0.0 if engine.zero == 2 and engine.bf16 else 4 * largest / engine.processes
     return {"gradients": 4 * share, "buckets": copy + (4.0 * bucket if engine.zero == 3 else 0.0)}
 

@@ -23,16 +23,24 @@ and, by kind (a figure that could not be measured is left out):
         waste        {"positions"|"rows"|"latents": padded share of the pack's budget}
         time         shares of the time: {"data": waiting for data, "model": forward and backward passes,
                      "update": the engine's step, "other": the rest}
+        processes    with several: {"data"|"forward"|"update": {"median", "most": seconds a step, "process":
+                     the slowest}}; at ZeRO 3, where passes wait for others, "product": seconds of a fixed
+                     matrix product, instead of "forward"
         memory_gib   peak memory of the main process (device memory on CUDA)
-        skipped      steps left out so far because of a non-finite loss or gradient
-        dropped      {"task: reason": samples left out or shortened so far}
+        skipped      steps left out so far: a loss or gradient was not finite, or the loss jumped
+        dropped      {"task: reason": samples left out or shortened so far}, and {"source: reason": damaged}
     validation       loss, loss_tokens, task_loss, task_tokens, on held-out data
     probe            probes: what `lclm.eval.probes.run_probes` returned
-    event            event: "start" | "resume" | "stage_start" | "stage_end" | "skip" | "checkpoint" |
-                     "save_failed" | "save_in_foreground" | "fit" | "done", and figures of its own (skip:
-                     reason, keys; fit: factor, step_seconds; checkpoint: of_step of the stage, save,
+    event            event: "start" | "resume" | "rewind" | "damage" | "stage_start" | "stage_end" | "skip" |
+                     "checkpoint" | "save_failed" | "save_in_foreground" | "slow" | "slow_step" | "fit" |
+                     "done", and figures of its own (skip:
+                     reason, keys of samples, the worst first, for a spike also task, loss, expected, sigmas;
+                     rewind: the same and from_step, rewinds; damage, once for each "source: reason": found,
+                     files; fit: factor, step_seconds; checkpoint: of_step of the stage, save,
                      waited_seconds of training, write_seconds in the background; save_failed: of_step,
-                     message, in_a_row; save_in_foreground: reason; ...)
+                     message, in_a_row; save_in_foreground: reason; slow, a process that takes longer than the
+                     others, three lines in a row: process, host, part, seconds, others; slow_step: of_step,
+                     seconds, usual, and if one process was the cause, process, host, part; ...)
 
 On resume the lines after the checkpoint's step are cut off, so a step appears once. TensorBoard holds the
 same figures under `<kind>/<name>` and `<kind>/<name>/<key>`.
@@ -144,26 +152,70 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]
 
 
 class Clock:
-    """Where the time of the steps since the last line went."""
+    """Where the time of the steps since the last line went, on this process.
 
-    def __init__(self) -> None:
+    With CUDA, passes are timed on the device: the host only puts them into its queue.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._cuda = device is not None and device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
         """Start a new interval now."""
-        self.started = self._mark = time.perf_counter()
-        self.spent = {"data": 0.0, "model": 0.0, "update": 0.0}
+        self.started = self._mark = self._step_began = time.perf_counter()
+        self._spent = dict.fromkeys(("data", "forward", "backward", "update"), 0.0)
+        self._events: list[tuple[str, Any, Any]] = []
+        self._event: Any = None
+        self._before = dict(self._spent)
         self.steps = 0
+        self.seconds_of_steps: list[float] = []
+        self.longest: dict[str, float] = {}
 
     def start(self) -> None:
         """The beginning of something that `stop` will name."""
         self._mark = time.perf_counter()
+        self._event = self._record()
 
     def stop(self, name: str) -> None:
-        """Count the time since `start` (or the last `stop`) as `name`: "data", "model" or "update"."""
+        """Count the time since `start` (or the last `stop`) as `name`: "data", "forward", "backward" or
+        "update"."""
         now = time.perf_counter()
-        self.spent[name] += now - self._mark
+        if self._cuda and name != "data":
+            event = self._record()
+            self._events.append((name, self._event, event))
+            self._event = event
+        else:
+            self._spent[name] += now - self._mark
         self._mark = now
+
+    def _record(self) -> Any:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end_step(self) -> None:
+        """A step is over. Remembers where the time of the longest one went (with CUDA, of data only)."""
+        now = time.perf_counter()
+        seconds, self._step_began = now - self._step_began, now
+        if seconds > max(self.seconds_of_steps, default=0.0):
+            parts = {name: value - self._before[name] for name, value in self._spent.items()}
+            self.longest = {"step": float(self.steps), "seconds": seconds, **parts}
+        self._before = dict(self._spent)
+        self.seconds_of_steps.append(seconds)
+        self.steps += 1
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by name since the interval began. With CUDA, waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, start, end in self._events:
+                self._spent[name] += start.elapsed_time(end) / 1e3
+            self._events = []
+        return self._spent
 
     @property
     def seconds(self) -> float:

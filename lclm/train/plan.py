@@ -181,7 +181,7 @@ class Planner:
             max(1, math.ceil(recipe.data.lanes / packs)),
             recipe.engine.bucket_elements,
             overlap=self.cluster.machine.cuda,
-            offload=bool(getattr(recipe.engine, "offload_optimizer", False)),
+            offload=recipe.engine.offload_optimizer,
         )
 
     def rehearse(
@@ -328,6 +328,8 @@ def make_plan(recipe: Any, cluster: Cluster) -> Plan:
             f"lanes of a process: {share}, so {workers} of data.workers={recipe.data.workers} background "
             "processes run; more lanes let more run"
         )
+    if recipe.engine.compile.encoder or recipe.engine.compile.decoder:
+        plan.notes.append("memory without engine.compile, which holds less")
     for stage in stages:
         for note in stage.filling.notes:
             if note not in plan.notes:

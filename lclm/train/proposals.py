@@ -11,6 +11,7 @@ from lclm.train.settings import ActivationCheckpointing
 if TYPE_CHECKING:
     from lclm.train.plan import Planner, Proposal
 
+SHAPE = ("positions", "rows", "latents")
 Change = tuple[str, Callable[[Any], None]]
 
 
@@ -24,6 +25,12 @@ def propose(planner: Planner, name: str) -> Proposal:
         recipe = copy.deepcopy(planner.recipe)
         for _, change in changes:
             change(recipe)
+        stage = recipe.stages[name]
+        if (
+            recipe.engine.offload_optimizer
+            and (recipe.engine.zero if stage.zero is None else stage.zero) != 3
+        ):
+            return float("inf")  # the engine refuses it
         return planner.memory(name, recipe).total
 
     chosen: list[Change] = []
@@ -46,29 +53,29 @@ def _last_of_each(changes: list[Change]) -> list[Change]:
     return list(last.values())
 
 
-def changes_for(recipe: Any, name: str) -> Iterator[Change]:
+def changes_for(recipe: Any, stage_name: str) -> Iterator[Change]:
     """Settings that save memory in a stage, cheapest first: those that change no result come first."""
-    stage, engine = recipe.stages[name], recipe.engine
+    stage, engine = recipe.stages[stage_name], recipe.engine
     for part in ("decoder", "encoder"):
         if not getattr(engine.activation_checkpointing, part) and (part == "decoder" or part in stage.learn):
             yield f"engine.activation_checkpointing.{part}=true", _checkpointing(part)
     if recipe.data.micro_batch > 1:
         yield "data.micro_batch=1", lambda recipe: setattr(recipe.data, "micro_batch", 1)
     zero = engine.zero if stage.zero is None else stage.zero
-    key = "engine.zero" if stage.zero is None else f"stages.{name}.zero"
+    key = "engine.zero" if stage.zero is None else f"stages.{stage_name}.zero"
     muon = any(settings.muon for settings in stage.learn.values())
     for level in (1, 2, 3) if not muon else ():
         if level > zero:
-            yield f"{key}={level}", _zero(name, level)
-    if hasattr(engine, "offload_optimizer") and not engine.offload_optimizer and not muon:
+            yield f"{key}={level}", _zero(stage_name, level)
+    if not engine.offload_optimizer and not muon:
         yield "engine.offload_optimizer=true", lambda r: setattr(r.engine, "offload_optimizer", True)
-    pack = recipe.stage_data(name).pack
-    where = "data.pack" if stage.pack is None else f"stages.{name}.pack"
-    for part in (2, 4, 8):
-        if pack.positions // part >= 256:
-            shape = {key: max(1, getattr(pack, key) // part) for key in ("positions", "rows", "latents")}
-            written = ", ".join(f"{key}: {value}" for key, value in shape.items())
-            yield f"{where}={{{written}}}", _pack(name, shape)
+    pack = recipe.stage_data(stage_name).pack
+    where = "data.pack" if stage.pack is None else f"stages.{stage_name}.pack"
+    for fraction in (2, 4, 8):
+        if pack.positions // fraction >= 256:
+            shape = {name: max(1, getattr(pack, name) // fraction) for name in SHAPE}
+            written = ", ".join(f"{name}: {value}" for name, value in shape.items())
+            yield f"{where}={{{written}}}", _pack(stage_name, shape)
 
 
 def _checkpointing(part: str) -> Callable[[Any], None]:

@@ -163,20 +163,19 @@ def rehearse(model: nn.Module, prepare: Callable[[nn.Module], None], work: Work)
 def _extrapolated(runs: list[_Counter], more: tuple[float, ...]) -> Rehearsed:
     """From (short, short), (long, short) and (short, long) layers to `more` times the differences."""
 
-    def at(read: Callable[[_Counter], float]) -> float:
-        first = read(runs[0])
-        return first + sum(
-            times * (read(run) - first) for times, run in zip(more, runs[1:], strict=bool(runs[1:]))
-        )
+    def at(values: list[float]) -> float:
+        changes = zip(more, values[1:], strict=False)
+        return values[0] + sum(times * (value - values[0]) for times, value in changes)
 
     places = set.intersection(*(set(run.peaks) for run in runs))
     peaks = [
-        tuple(max(0.0, at(lambda run, i=i, key=key: run.peaks[key][i])) for i in range(2)) for key in places
+        (at([run.peaks[place][0] for run in runs]), at([run.peaks[place][1] for run in runs]))
+        for place in places
     ]
     live, held = max(peaks, key=sum)
-    forward = {part: at(lambda run, part=part: run.flops[part, True]) for part in PARTS}
-    both = {part: forward[part] + at(lambda run, part=part: run.flops[part, False]) for part in PARTS}
-    return Rehearsed(live, held, forward, both)
+    forward = {part: at([run.flops[part, True] for run in runs]) for part in PARTS}
+    both = {part: forward[part] + at([run.flops[part, False] for run in runs]) for part in PARTS}
+    return Rehearsed(max(0.0, live), max(0.0, held), forward, both)
 
 
 def _cut(model: Any, encoder_layers: int, decoder_layers: int) -> Any:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lclm.data.batch import Batch, Step
+from lclm.train.ends import Requeue
 from lclm.train.feed import Tally, inputs
 from lclm.train.metrics import Recorder, matmul_flops, memory_gib, step_flops
 from lclm.train.processes import Processes
+from lclm.train.slow import Found, Slowness
 
 if TYPE_CHECKING:
+    from lclm.train.spikes import Rewind
     from lclm.train.trainer import StageTrainer
 
 PROBE_DOCUMENTS = 2000
@@ -45,6 +48,7 @@ class Watcher:
         peak = self.settings.peak_tflops
         self._peak = peak * 1e12 if peak else matmul_flops(self.processes.device)
         self._flops = step_flops(self.stepper.engine.model)
+        self._slowness = Slowness(self.processes, self.stepper.engine.zero)
 
     @property
     def seconds(self) -> float:
@@ -55,12 +59,23 @@ class Watcher:
         stage, state = self.trainer.stage, self.state
         unit = (stage.steps, state.stage_step) if stage.steps else (int(stage.tokens), state.stage_tokens)
         self.trainer.progress.stage(self.trainer.name, *unit)
-        self.event("resume" if self.trainer.resumed else "stage_start")
+        if self.trainer.rewind is not None:
+            self._went_back(self.trainer.rewind)
+        else:
+            self.event("resume" if self.trainer.resumed else "stage_start")
         self.stepper.clock.reset()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.recorder.close()
+
+    def _went_back(self, rewind: Rewind) -> None:
+        self.event("rewind", rewinds=rewind.rewinds, **rewind.about)
+        self.trainer.progress.say(
+            f"the loss jumped at step {rewind.about['from_step']:,} (task {rewind.about['task']}: "
+            f"{rewind.about['loss']:.3f}, expected {rewind.about['expected']:.3f}): back to step "
+            f"{self.state.step:,}, and on with the data after it"
+        )
 
     def line_is_due(self, stage_step: int) -> bool:
         """Whether a line of metrics follows the stage's step of that number."""
@@ -124,9 +139,14 @@ class Watcher:
         line = loss_figures(state.losses) | {"loss_tokens": int(tally.loss_tokens), "grad_norm": norms}
         line["lr"] = {group["name"]: group["lr"] for group in stepper.engine.base.param_groups}
         state.losses = {}
+        found: list[Found] = []
         if clock.steps:
             spent, window = clock.seconds, self._window
             shares = {name: value / spent for name, value in clock.spent.items()}
+            passes = shares["forward"] + shares["backward"]
+            shares = {"data": shares["data"], "model": passes, "update": shares["update"]}
+            look = self._slowness.look(clock, state.stage_step)
+            found = look.found
             line |= {
                 "step_seconds": spent / clock.steps,
                 "source_tokens_per_second": window["source_tokens"] / spent,
@@ -139,9 +159,13 @@ class Watcher:
                 },
                 "time": shares | {"other": 1 - sum(shares.values())},
             }
+            line |= {"processes": look.spread} if look.spread else {}
         line |= {"memory_gib": memory_gib(self.processes.device), "skipped": state.skipped}
         line["dropped"] = stepper.feed.dropped()
         self._write("train", line)
+        for slow in found:
+            self.event(**slow.event)
+            self.trainer.progress.say(slow.text)
         figures = f"loss {line.get('loss', float('nan')):.4f}"
         if "positions_per_second" in line:
             figures += f" {line['positions_per_second']:,.0f} positions/s"
@@ -159,6 +183,7 @@ class Watcher:
         losses: dict[str, list[float]] = {}
         with evaluating(self.stepper.engine.model) as model:
             for batch in self._validation:
+                self.processes.at("validation")
                 tally = Tally(Step([batch]), self.processes, False)
                 tally.add_losses(
                     batch, model(**inputs(batch, self.processes.device), num_items_in_batch=1.0), 1.0
@@ -174,22 +199,29 @@ class Watcher:
             )
 
     def probe(self, final: bool = False) -> None:
-        """Run the probes on the main process, while the others wait."""
+        """Run the probes on the main process, while the others wait. Those between steps yield to a stop."""
+        engine = self.stepper.engine
+        model = self.trainer.whole_model() if engine.zero == 3 else engine.model
+        with self.processes.alone("probes"), contextlib.ExitStack() as cut_short:
+            if not final:
+                cut_short.enter_context(contextlib.suppress(Requeue))
+                cut_short.enter_context(self.trainer.stop.at_once())
+            if self.processes.main:
+                self._run_probes(model, final)
+
+    def _run_probes(self, model: Any, final: bool) -> None:
         from lclm.eval.probes import run_probes
 
         engine = self.stepper.engine
-        model = self.trainer.whole_model() if engine.zero == 3 else engine.model
-        if self.processes.main:
-            if engine.zero == 3:
-                model = model.to(self.processes.device, torch.bfloat16 if engine.bf16 else torch.float32)
-            settings = probe_settings(self.trainer.recipe)
-            settings = settings if final else settings.during_training()
-            documents, conversations = heldout_samples(self.trainer.recipe)
-            with idle_cores(self.processes):
-                result = run_probes(model, self.stepper.processor, documents, conversations, settings)
-            self._write("probe", {"probes": result})
-            self._samples(result)
-        self.processes.barrier()
+        if engine.zero == 3:
+            model = model.to(self.processes.device, torch.bfloat16 if engine.bf16 else torch.float32)
+        settings = probe_settings(self.trainer.recipe)
+        settings = settings if final else settings.during_training()
+        documents, conversations = heldout_samples(self.trainer.recipe)
+        with idle_cores(self.processes):
+            result = run_probes(model, self.stepper.processor, documents, conversations, settings)
+        self._write("probe", {"probes": result})
+        self._samples(result)
 
     def _samples(self, result: dict[str, Any]) -> None:
         parts = [f"# Step {self.state.step} ({self.trainer.name})\n"]
