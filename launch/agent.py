@@ -17,11 +17,14 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 USER, SAVED, LOST, INTERRUPTED = 2, 75, 76, 130
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 20.0
 """Seconds on top of --join-timeout that this machine may be without a process."""
+STUCK = 30.0
+"""Seconds after which torchrun, which looks for ended processes ten times a second, hangs if it did not."""
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -103,26 +106,32 @@ class Keeper(threading.Thread):
         super().__init__(daemon=True)
         self.codes, self.options, self.patience = codes, options, options.join_timeout + GRACE
         self.asked: list[tuple[int, set[int]]] = []
+        self.seen = time.monotonic()
         for number in PASSED_ON:
             signal.signal(number, lambda signum, frame: self.asked.append((signum, set())))
 
     def run(self) -> None:
         import psutil
 
-        me, seen = psutil.Process(), time.monotonic()
+        me, heeded = psutil.Process(), time.monotonic()
         while True:
             time.sleep(0.2)
-            children = [child.pid for child in me.children()]
+            all_children = me.children()
+            children = [child.pid for child in all_children if lives(child)]
             if children:
-                seen = time.monotonic()
+                self.seen = time.monotonic()
+            if children or not all_children:
+                heeded = time.monotonic()
             for number, told in self.asked:
                 for pid in set(children) - told:
                     if handles(pid, number):
                         told.add(pid)
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, number)
-            alone = time.monotonic() - seen
-            if self.asked and alone > 5:
+            alone = time.monotonic() - self.seen
+            if time.monotonic() - heeded > STUCK:
+                self.end(f"its processes ended {STUCK:.0f} s ago, and torchrun hangs in the network", LOST)
+            if self.asked and alone > 5 and not any(self.codes.iterdir()):
                 self.end("stopped while it had no processes", SAVED)
             if alone > self.patience:
                 self.end(f"no process here for {alone:.0f} s: other machines are gone or out of reach", LOST)
@@ -133,6 +142,15 @@ class Keeper(threading.Thread):
         code = outcome(self.codes, [], otherwise)
         shutil.rmtree(self.codes, ignore_errors=True)
         os._exit(to_exit_with(code, self.options))
+
+
+def lives(child: Any) -> bool:
+    """Whether a child process has not ended."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return child.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def handles(pid: int, number: int) -> bool:
@@ -268,6 +286,7 @@ def main() -> int:
         keeper = Keeper(codes, options)
         keeper.start()
         command = launcher(options, keeper)
+        keeper.seen = time.monotonic()
         worker = str(Path(__file__).with_name("worker.py"))
         code = torchrun([*command, worker, options.recipe, *options.overrides], codes)
     return to_exit_with(code, options)
