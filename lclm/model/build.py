@@ -82,6 +82,18 @@ def build_model(
     return model.to(device)
 
 
+def build_empty(
+    settings: ModelSettings, *, dtype: torch.dtype = torch.float32
+) -> LCLMForConditionalGeneration:
+    """The model that `build_model` makes, whole but for its weights, which are on the meta device.
+
+    Unlike `build_model` on meta it always reads the tokenizers, whose ids the forward pass needs.
+    """
+    config = build_config(settings)
+    config._attn_implementation = require(settings.attention, config.encoder_config, config.decoder_config)
+    return _without_weights(config, dtype)
+
+
 def components(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Parameters by component, each once: encoder (with the position-in-block embedding), adapter, decoder,
     brackets. A tied parameter belongs to the decoder."""
@@ -214,6 +226,10 @@ def _on_meta(settings: ModelSettings, dtype: torch.dtype) -> LCLMForConditionalG
         known = [(part.config or {}).get("vocab_size") for part in (settings.encoder, settings.decoder)]
         tokenizers = (None, None) if all(known) else _tokenizers(settings)
         config = _new_config(settings, *tokenizers)
+    return _without_weights(config, dtype)
+
+
+def _without_weights(config: LCLMConfig, dtype: torch.dtype) -> LCLMForConditionalGeneration:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

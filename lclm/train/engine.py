@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from lclm.train.optim import Group, build_optimizer
 from lclm.train.processes import Processes
+from lclm.train.scatter import scatter
 from lclm.train.settings import EngineSettings
 
 TAG = "engine"
@@ -99,6 +100,16 @@ def deepspeed_config(
     return config
 
 
+def spread_out(
+    model: torch.nn.Module, settings: EngineSettings, processes: Processes, config: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Partition a model that only the main process has, for an engine at ZeRO 3; see `scatter`."""
+    import_deepspeed()
+    elements = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    whole = deepspeed_config(settings, elements=elements, world=processes.size, **config)
+    return scatter(model, whole, torch.bfloat16 if settings.precision == "bf16" else torch.float32, processes)
+
+
 class Engine:
     """A model on DeepSpeed, with the optimizer's groups within reach at every ZeRO stage."""
 
@@ -108,9 +119,13 @@ class Engine:
         groups: list[Group],
         settings: EngineSettings,
         processes: Processes,
+        masters: dict[str, torch.Tensor] | None = None,
         **config: Any,
     ) -> None:
-        """`config` is what `deepspeed_config` takes beside the settings. ValueError where Muon meets ZeRO."""
+        """`config` is what `deepspeed_config` takes beside the settings. ValueError where Muon meets ZeRO.
+
+        masters: of a model that was spread out, what that gave; None where every process has all weights.
+        """
         deepspeed = import_deepspeed()
         self.zero, self.bf16 = config["zero"], settings.precision == "bf16"
         if self.zero and any(group["kind"] == "muon" for group in groups):
@@ -126,8 +141,8 @@ class Engine:
             )
         self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.learning = [list(group["params"]) for group in groups]
-        elements = sum(parameter.numel() for group in groups for parameter in group["params"])
-        start = self._learning(model) if self.bf16 else {}
+        elements = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+        start = self._learning(model) if self.bf16 and masters is None else {}
         self.base = build_optimizer([{**group, "lr": 0.0} for group in groups])
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
@@ -138,7 +153,10 @@ class Engine:
         self.processes = processes
         self.base.state.clear()  # at ZeRO 0 in bf16 the engine takes a first step with gradients of zero
         self.apply_settings(1.0)
-        self._set_masters(start)
+        if masters is None:
+            self._set_masters(start)
+        elif self.bf16:
+            self._share_masters(masters)
 
     @staticmethod
     def _learning(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -152,6 +170,19 @@ class Engine:
                 set_share(parameter, start[name])
             elif name in start:
                 self._master(parameter).copy_(start[name])
+
+    @torch.no_grad()
+    def _share_masters(self, masters: dict[str, torch.Tensor]) -> None:
+        """The same where the main process alone has them: one at a time, to all, and each keeps its share."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                device = self.processes.device
+                if self.processes.main:
+                    whole = masters.pop(name).float().to(device)
+                else:
+                    whole = torch.empty(parameter.ds_shape, device=device)
+                dist.broadcast(whole, 0)
+                set_share(parameter, whole)
 
     @property
     def model(self) -> Any:

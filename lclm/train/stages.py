@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lclm.checkpoint import weights_fingerprint
-from lclm.train.engine import Engine
+from lclm.train.engine import Engine, spread_out
 from lclm.train.optim import embedding_ids, parameter_groups
 from lclm.train.processes import Processes
 from lclm.train.settings import (
@@ -132,23 +132,35 @@ def start_processor(recipe: Any, start: Path | None) -> Any:
 def build_engine(
     recipe: Any, stage: StageSettings, start: Path | None, processes: Processes
 ) -> tuple[Engine, str]:
-    """A stage's engine at its start, and the fingerprint of the weights that are frozen in it."""
-    from lclm.model.build import components
+    """A stage's engine at its start, and the fingerprint of the weights that are frozen in it. Collective.
 
-    model = start_model(recipe, start)
+    At ZeRO 3 with several processes only the main one reads the weights; the others get their shares.
+    """
+    from lclm.model.build import build_empty, components
+
+    zero = recipe.engine.zero if stage.zero is None else stage.zero
+    spread = zero == 3 and processes.size > 1
+    error = None
+    try:
+        if processes.main or not spread:
+            model = start_model(recipe, start)
+        else:
+            model = build_empty(start_settings(recipe, start))
+    except ValueError as problem:
+        error = str(problem)
+    processes.agree(error)
     prepare(model, stage, recipe.engine.activation_checkpointing)
     compile_blocks(model, recipe.engine.compile)
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     fingerprint = processes.gather(weights_fingerprint(frozen) if processes.main else "")[0]
+    del frozen  # it would keep whole weights
+    config = {
+        "zero": zero,
+        "clip": stage.clip,
+        "micro_batch": recipe.data.micro_batch,
+        "accumulation": recipe.data.accumulation(processes.size),
+    }
+    masters = spread_out(model, recipe.engine, processes, config) if spread else None
     groups = parameter_groups(components(model), stage.learn, embedding_ids(model))
-    engine = Engine(
-        model,
-        groups,
-        recipe.engine,
-        processes,
-        zero=recipe.engine.zero if stage.zero is None else stage.zero,
-        clip=stage.clip,
-        micro_batch=recipe.data.micro_batch,
-        accumulation=recipe.data.accumulation(processes.size),
-    )
+    engine = Engine(model, groups, recipe.engine, processes, masters=masters, **config)
     return engine, fingerprint

@@ -45,7 +45,7 @@ def test_programs_write_results(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--no-deepspeed"], ["--offload"]], ids=["", "plain torch", "offload"])
+@pytest.mark.parametrize("more", [["--no-deepspeed"], ["--offload"]], ids=["plain torch", "offload"])
 def test_the_step_at_size_runs_in_small(more, tmp_path):
     """The program for large GPUs, as it is, at toy size."""
     command = [sys.executable, str(BENCHMARKS / "step_at_size.py"), "--quick", "--rounds", "3"]
