@@ -45,7 +45,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     add("overrides", metavar="KEY=VALUE", nargs="*", help="settings to change")
-    add("--nodes", type=positive, default=1, help="number of machines (1)")
+    add("--nodes", type=machines, default="1", help="number of machines, or LEAST:MOST (1)")
     add(
         "--rendezvous",
         metavar="HOST[:PORT]",
@@ -69,11 +69,19 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         help="exit with this in place of 75 and 76, for schedulers that need it",
     )
     options = parser.parse_args(words)
-    if options.nodes > 1 and not options.rendezvous:
+    if options.nodes != "1" and not options.rendezvous:
         parser.error("--nodes above 1 needs --rendezvous HOST[:PORT], the same on all machines")
-    if options.nodes == 1 and options.rendezvous:
+    if options.nodes == "1" and options.rendezvous:
         parser.error("--rendezvous is for several machines: give --nodes too, or leave it out")
     return options
+
+
+def machines(text: str) -> str:
+    """A number of machines, or LEAST:MOST."""
+    counts = [positive(part) for part in text.split(":")]
+    if len(counts) > 2 or counts != sorted(counts):
+        raise ValueError
+    return text
 
 
 def door(text: str) -> str:
@@ -258,7 +266,7 @@ def launcher(options: argparse.Namespace, keeper: Keeper) -> list[str]:
     command += ["--signals-to-handle", "SIGHUP,SIGQUIT"]
     if options.local_address:
         command += ["--local-addr", options.local_address]
-    if options.nodes == 1:
+    if options.nodes == "1":
         return [*command, "--standalone"]
     host, _, port = options.rendezvous.partition(":")
     names = [host, *filter(None, options.hosts.split(","))]
@@ -269,7 +277,7 @@ def launcher(options: argparse.Namespace, keeper: Keeper) -> list[str]:
     if not here:
         wait_for_door(host, int(port), options.join_timeout, keeper)
     conf = f"join_timeout={options.join_timeout},is_host={str(here).lower()}"
-    command += ["--nnodes", str(options.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
+    command += ["--nnodes", options.nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
     return [*command, "--rdzv-id", options.id or Path(options.recipe).stem, "--rdzv-conf", conf]
 
 

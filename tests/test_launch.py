@@ -63,6 +63,7 @@ def test_scripts_are_clean(script: Path) -> None:
         ([], "required: N, RECIPE"),
         (["0", "tiny"], "argument N"),
         (["recipe.yaml", "2"], "argument N"),
+        (["--nodes=2:1", "--rendezvous=node1", "2", "tiny"], "argument --nodes"),
         (["--nodes=2", "2", "tiny"], "needs --rendezvous HOST[:PORT]"),
         (["--rendezvous=node1", "2", "tiny"], "give --nodes too"),
         (["--nodes=2", "--rendezvous=node1:door", "2", "tiny"], "argument --rendezvous"),
@@ -165,7 +166,7 @@ def test_the_kubernetes_job_names_its_own_pods() -> None:
         script, *words = container["command"]
         assert shutil.which(str(ROOT / script))
         options = agent.arguments(words)
-        assert options.nodes == workers + 1
+        assert options.nodes == str(workers + 1)
         assert options.rendezvous == f"{name}-master-0:29400"
         assert options.hosts.split(",") == [f"{name}-worker-{number}" for number in range(workers)]
         assert options.again_code > 127, "the operator starts a pod again from 128 on"

@@ -79,6 +79,17 @@ def test_a_link_that_is_cut_ends_both_hosts_and_the_next_start_goes_on(data, one
     same_curve(one, run)
 
 
+def test_where_fewer_hosts_are_allowed_the_run_goes_on_without_a_lost_one(data, one, hosts, tmp_path):
+    run = tmp_path / "run"
+    path = tiny(data, run, 2)
+    options = ["--nodes=1:2", "--rendezvous=node1:29400", "--id=run", "1", str(path)]
+    launched = [host.start(LAUNCH[0], *options) for host in hosts]
+    make_steps(hosts, run, 6)
+    hosts[1].kill()
+    assert launched[0].wait(timeout=400) == 0, printed(hosts)
+    same_curve(one, run)
+
+
 def test_a_signal_to_one_launcher_saves_and_ends_both(data, one, hosts, tmp_path):
     run = tmp_path / "run"
     path = tiny(data, run, 3, save_every_steps=None)
