@@ -107,9 +107,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save(name: str, device: torch.device, rows: list[dict[str, Any]], notes: list[str]) -> None:
-    """Write `results/NAME.json` and the table `results/NAME.md`, and print the table."""
-    facts = machine(device)
+def save(
+    name: str, device: torch.device, rows: list[dict[str, Any]], notes: list[str], clock: str | None = None
+) -> None:
+    """Write `results/NAME.json` and the table `results/NAME.md`, and print the table.
+
+    clock: what times were measured by, where it is not `now`.
+    """
+    facts = machine(device) | ({"clock": clock} if clock else {})
     RESULTS.mkdir(exist_ok=True)
     content = {"benchmark": name, **facts, "notes": notes, "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
