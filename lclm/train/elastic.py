@@ -83,27 +83,34 @@ def universal(checkpoint: Path, processes: Processes, say: Callable[[str], None]
 
 def _convert(checkpoint: Path, folder: Path) -> None:
     """Fill `folder` with the universal form, by this process alone; one share is in memory at a time."""
-    from deepspeed.checkpoint import ds_to_universal
-
     steps = optimizer_steps(checkpoint / TAG)
     if steps:
-        source = folder / "source"
-        link_without_paddings(checkpoint / TAG, source)
-        options = argparse.Namespace(
-            input_folder=str(source),
-            output_folder=str(folder / CONVERTED),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-        talk = io.StringIO()
-        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
-            ds_to_universal.main(options)
-        shutil.rmtree(source)
+        try:
+            _put_together(checkpoint / TAG, folder)
+        except RuntimeError as error:  # so torch says that a disk is full
+            raise OSError(str(error)) from error
     write_json(folder / ORIGIN, {"schema": SCHEMA, "of": _fingerprint(checkpoint), "steps": steps})
     write_json(folder / CHECKSUMS, {"schema": SCHEMA, "files": checksums(folder, list_files(folder))})
+
+
+def _put_together(engine_folder: Path, folder: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    source = folder / "source"
+    link_without_paddings(engine_folder, source)
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(folder / CONVERTED),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    talk = io.StringIO()
+    with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+        ds_to_universal.main(options)
+    shutil.rmtree(source)
 
 
 def link_without_paddings(engine_folder: Path, source: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -264,17 +264,19 @@ class TestForms:
         many.take_step(engine, 1)
         engine.close()
 
-    def test_a_full_disk_is_said_and_nothing_is_left(self, cut, monkeypatch):
-        import deepspeed.checkpoint.ds_to_universal as converter
-
-        def full(options):
-            Path(options.output_folder).mkdir(parents=True)
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(converter, "main", full)
-        with pytest.raises(ValueError, match="No space left"):
-            many.cut_anew(str(cut.path), 3, "fp32")
+    @pytest.mark.parametrize("bytes_of_a_file", [500, 1500, 2500])
+    def test_a_full_disk_is_said_and_nothing_is_left(self, cut, bytes_of_a_file):
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, limits[1]))
+        try:
+            with pytest.raises(ValueError, match=r"could not write .*universal.*MiB are free"):
+                many.cut_anew(str(cut.path), 3, "fp32")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
         assert [path.name for path in cut.checkpoints.iterdir()] == ["step-00000003"]
+        self.again(cut)
 
     @pytest.mark.slow
     def test_killed_while_it_is_made_it_is_made_again(self, cut, tmp_path):
