@@ -17,6 +17,7 @@ from lclm.model.spans import Geometry
 
 if TYPE_CHECKING:
     from lclm.data.packing import Lane
+    from lclm.data.stream import Source
     from lclm.model.text import SpanTokenizer
 
 __all__ = [
@@ -52,8 +53,10 @@ def make_lanes(
     mixture: Mapping[str, float],
     ratios: Sequence[int] | None = None,
     cursors: Mapping[str, Mapping[str, Any]] | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> list[Lane]:
     """Lanes of the given numbers. ratios: what a task without `ratios` draws from (None: the geometry's).
+    sources: those of the tasks, if they are open already.
 
     ValueError for a missing or damaged data set, or one of a kind that its task cannot read.
     """
@@ -64,7 +67,8 @@ def make_lanes(
     tasks = {}
     for name in shares:
         tasks[name] = make_task(name, settings.tasks[name], tokenizer, geometry, ratios)
-    sources = _open_sources(settings, {task.settings.source for task in tasks.values()}, seed)
+    if sources is None:
+        sources = _open_sources(settings, {task.settings.source for task in tasks.values()}, seed)
     for name, task in tasks.items():
         kind = sources[task.settings.source].data.kind
         if kind != task.kind:
@@ -89,7 +93,7 @@ def make_lanes(
     ]
 
 
-def _open_sources(settings: DataSettings, names: Iterable[str], seed: int) -> dict[str, Any]:
+def _open_sources(settings: DataSettings, names: Iterable[str], seed: int) -> dict[str, Source]:
     from lclm.data.stream import Source
 
     return {
@@ -211,7 +215,13 @@ class Loader:
             tokenizer,
             geometry,
             self.lanes,
-            {"seed": seed, "mixture": settings.mixture, "ratios": ratios, "cursors": dict(self._cursors)},
+            {
+                "seed": seed,
+                "mixture": settings.mixture,
+                "ratios": ratios,
+                "cursors": dict(self._cursors),
+                "sources": sources,  # background processes share the memory of what is open here
+            },
         )
         self.workers = max(n for n in range(min(settings.workers, share) + 1) if n == 0 or share % n == 0)
         self._iterator: Iterator[Any] | None = None

@@ -139,6 +139,7 @@ class Lane:
         """Read held samples again; those of a task that is gone go to another task of the same source."""
         for source, records in held.items():
             heirs = [entry for entry in self.entries.values() if entry.task.settings.source == source]
+            kept: list[tuple[_Entry, Place, int]] = []
             for turn, record in enumerate(records):
                 name, run, index, offset = record
                 entry = self.entries.get(name)
@@ -146,8 +147,10 @@ class Lane:
                     entry = heirs[turn % len(heirs)] if heirs else None
                 if entry is None:
                     self._orphans.setdefault(source, []).append(list(record))
-                    continue
-                sample = self.streams[source].fetch(Place(run, index))
+                else:
+                    kept.append((entry, Place(run, index), offset))
+            samples = self.streams[source].fetch([place for _, place, _ in kept]) if kept else []
+            for (entry, _, offset), sample in zip(kept, samples, strict=True):
                 if sample is not None:
                     sample.offset = offset
                     self._hold(entry, sample)

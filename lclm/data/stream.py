@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from lclm.data.reading import Damaged
@@ -100,7 +99,7 @@ class Source:
         self.runs = self.data.runs(run_samples)
         if not self.runs:
             raise ValueError(f"data source {name!r}: {settings.path} holds no samples; build it again")
-        self._key = lru_cache(maxsize=8)(lambda epoch: seed_of("order", seed, self.fingerprint, epoch))
+        self._keys: dict[int, int] = {}
 
     def run(self, number: int) -> Run | None:
         """Run `number` of the endless sequence of epochs; None beyond the last epoch."""
@@ -109,6 +108,11 @@ class Source:
             return None
         shard, start, stop = self.data.run(permuted(place, self.runs, self._key(epoch)), self.run_samples)
         return Run(epoch, shard, start, stop)
+
+    def _key(self, epoch: int) -> int:
+        if epoch not in self._keys:
+            self._keys[epoch] = seed_of("order", self.seed, self.fingerprint, epoch)
+        return self._keys[epoch]
 
     def draws(self, epoch: int, shard: int, number: int, offset: int) -> random.Random:
         """The random numbers of one example: the same wherever and whenever it is made."""
@@ -180,19 +184,40 @@ class SourceLane:
             raise problem
         self._skip(self.source.name, problem)
 
-    def fetch(self, place: Place) -> Held | None:
-        """The sample at a place that this lane has been at, read again; None if it can be used no longer."""
-        run = self.source.run(self.lane + place.turn * self.lanes)
-        if run is None or run.start + place.index >= run.stop:
+    def fetch(self, places: Sequence[Place]) -> list[Held | None]:
+        """The samples at places where this lane has been, read again; None for one that is usable no longer.
+
+        One or a few reads for each run that they are in.
+        """
+        found: dict[Place, Held | Damaged] = {}
+        for turn in sorted({place.turn for place in places}):
+            found |= self._fetch(turn, sorted({place.index for place in places if place.turn == turn}))
+        usable: list[Held | None] = []
+        for sample in (found[place] for place in places):
+            if isinstance(sample, Damaged):
+                self._damaged(sample)
+            usable.append(None if isinstance(sample, Damaged) else sample)
+        return usable
+
+    def _run_of(self, turn: int, index: int) -> Run:
+        run = self.source.run(self.lane + turn * self.lanes)
+        if run is None or run.start + index >= run.stop:
             raise ValueError(
-                f"data source {self.source.name!r} has no sample at run {place.turn}, index {place.index} of "
+                f"data source {self.source.name!r} has no sample at run {turn}, index {index} of "
                 f"lane {self.lane}: the cursor belongs to other data or other settings"
             )
-        held = self._read(run, place.turn, place.index, place.index + 1)[0]
-        if isinstance(held, Damaged):
-            self._damaged(held)
-            return None
-        return held
+        return run
+
+    def _fetch(self, turn: int, indexes: list[int]) -> dict[Place, Held | Damaged]:
+        """Samples of one run, neighbours together."""
+        run = self._run_of(turn, indexes[-1])
+        found: dict[Place, Held | Damaged] = {}
+        while indexes:
+            samples = self._read(run, turn, indexes[0], indexes[-1] + 1)
+            at_once = [index for index in indexes if index - indexes[0] < len(samples)]
+            found |= {Place(turn, index): samples[index - indexes[0]] for index in at_once}
+            indexes = indexes[len(at_once) :]
+        return found
 
     def _read(self, run: Run, turn: int, index: int, stop: int) -> list[Held | Damaged]:
         """Samples `index` up to `stop` of the run, fewer when they are long."""
