@@ -69,15 +69,32 @@ class Memory:
         return sum(self.parts.values())
 
 
-def held_gradients(engine: Engine) -> tuple[float, bool]:
-    """(bytes per learning element that a gradient holds once it is made, whether earlier ones are there).
+@dataclass(frozen=True)
+class Held:
+    """What gradients take while the passes run: see `rehearsal.Work`."""
 
-    Where gradients are cut among the processes they go into a part that is counted on its own.
+    per_element: float
+    from_start: bool
+    at_first: float
+
+
+def held_gradients(weights: Weights, engine: Engine) -> Held:
+    """What gradients take while the passes run, but for ZeRO 3's, which are there from the start of the run.
+
+    At ZeRO 2 this process's part is one piece of memory from the first gradient on; on a CPU a page of it
+    counts once it is written.
     """
-    if engine.zero >= 2:
-        return 0.0, False
-    size = 4.0 if engine.zero == 1 else float(engine.bytes)
-    return size, engine.accumulation > 1
+    early = engine.accumulation > 1
+    if engine.zero == 3:
+        return Held(0.0, False, 0.0)
+    if engine.zero < 2:
+        return Held(4.0 if engine.zero else float(engine.bytes), early, 0.0)
+    twice = 2 if early and not engine.bf16 else 1
+    share = 4.0 / engine.processes
+    buckets = _buckets(weights, engine)
+    if engine.overlap and not early:
+        return Held(0.0, False, buckets + share * weights.learning)
+    return Held(share * twice, early, buckets)
 
 
 def memory(weights: Weights, engine: Engine, rehearsed: Rehearsed) -> Memory:
@@ -96,29 +113,20 @@ def memory(weights: Weights, engine: Engine, rehearsed: Rehearsed) -> Memory:
     if engine.zero == 3:
         gathered = min(weights.total, GATHERED)
         state["gathered parameters"] = float(size * gathered)
-    cut = _cut_gradients(engine, share)
-    passes = state | {
-        "gradients": rehearsed.gradients + cut,
-        "buckets": _buckets(weights, engine),
-        "activations": rehearsed.activations,
-    }
+    passes = state | {"gradients": rehearsed.gradients, "activations": rehearsed.activations}
+    if engine.zero == 3:
+        passes |= {"gradients": 0.0 if engine.offload else 4 * share, "buckets": _buckets(weights, engine)}
+    elif engine.zero == 2:
+        buckets = min(_buckets(weights, engine), rehearsed.at_first)
+        passes["gradients"] += rehearsed.at_first - buckets
+        passes["buckets"] = buckets
     step = state | _step(weights, engine, share)
     parts = max((passes, step), key=lambda found: sum(found.values()))
     return Memory({name: value for name, value in parts.items() if value}, host)
 
 
-def _cut_gradients(engine: Engine, share: float) -> float:
-    """This process's part of the gradients while the passes run."""
-    if engine.zero < 2 or engine.offload:
-        return 0.0
-    twice = engine.zero == 2 and not engine.bf16 and engine.accumulation > 1
-    return (8 if twice else 4) * share
-
-
 def _buckets(weights: Weights, engine: Engine) -> float:
-    """Buffers in which gradients travel, in the passes. At ZeRO 0 and 1 they travel after them."""
-    if engine.zero < 2:
-        return 0.0
+    """Buffers in which gradients travel during the passes, at ZeRO 2 and 3."""
     bucket = engine.bucket_of(weights)
     copies = 2 if engine.overlap and engine.zero == 2 else 1
     buffers = (4 if engine.zero == 3 else engine.bytes) * bucket * copies

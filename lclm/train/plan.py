@@ -192,7 +192,9 @@ class Planner:
         from lclm.train.stages import prepare
 
         stage, settings = recipe.stages[name], recipe.stage_data(name)
-        held, early = held_gradients(self.engine(recipe, stage))
+        engine = self.engine(recipe, stage)
+        model, groups = self.prepared(stage, checkpointing)
+        held = held_gradients(weights_of(model, groups), engine)
         pack, batch = settings.pack, settings.micro_batch
         work = Work(
             micro_batch=batch,
@@ -206,8 +208,9 @@ class Planner:
             max_logits=CUDA_LOGITS if self.cluster.machine.cuda else CPU_LOGITS,
             segments=found.segments if found else (self.row_length, pack.positions),
             max_rows=recipe.model.max_rows_per_forward,
-            held=held,
-            held_from_start=early,
+            held=held.per_element,
+            held_from_start=held.from_start,
+            at_first=held.at_first,
         )
         learns = tuple((part, repr(s.lora)) for part, s in sorted(stage.learn.items()))
         key = (learns, checkpointing.encoder and "encoder" in stage.learn, checkpointing.decoder, work)

@@ -37,8 +37,8 @@ class Work:
     B rows of `positions`, B x `rows` encoder rows of `row_length`, B x `latents`; `loss_tokens` in all.
     segments: mean length of what attends to itself in the encoder and the decoder. kernel: "blocks" (skips
     what the mask hides), "sdpa" (dense mask) or "eager". max_logits: held at once by the loss.
-    held: bytes per learning element that a gradient holds from its making on, and whether all of them are
-    held from the start (earlier micro-batches).
+    held: bytes per learning element that a gradient holds from its making on; held_from_start: all of them
+    are held from the start (earlier micro-batches); at_first: bytes taken when the first one is made.
     """
 
     micro_batch: int
@@ -54,14 +54,19 @@ class Work:
     max_rows: int | None = None
     held: float = 0.0
     held_from_start: bool = False
+    at_first: float = 0.0
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Bytes of activations and of held gradients at the worst moment; FLOPs by part, forward and in all."""
+    """Bytes at the worst moment: activations, held gradients, and `at_first` if one was made by then.
+
+    FLOPs by part, forward and in all.
+    """
 
     activations: float
     gradients: float
+    at_first: float
     forward: dict[str, float]
     flops: dict[str, float]
 
@@ -71,10 +76,10 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, weights: Iterator[Tensor]) -> None:
         super().__init__()
-        self.live = self.held = 0.0
+        self.live = self.held = self.at_first = 0.0
         self.part, self.place, self.forward = "encoder", "forward", True
         self.flops: dict[tuple[str, bool], float] = defaultdict(float)
-        self.peaks: dict[tuple[str, str], tuple[float, float]] = {}
+        self.peaks: dict[tuple[str, str], tuple[float, float, float]] = {}
         self._sizes = {weight.untyped_storage()._cdata: 0 for weight in weights}
 
     def __torch_dispatch__(
@@ -102,8 +107,9 @@ class _Counter(TorchDispatchMode):
     def note(self) -> None:
         """Remember the worst moment of the place where the step is now."""
         key = (self.part, self.place)
-        if self.live + self.held > sum(self.peaks.get(key, (-1.0, 0.0))):
-            self.peaks[key] = (self.live, self.held)
+        found = (self.live, self.held, self.at_first)
+        if sum(found) > sum(self.peaks.get(key, (-1.0,))):
+            self.peaks[key] = found
 
 
 class _Mark(torch.autograd.Function):
@@ -168,14 +174,11 @@ def _extrapolated(runs: list[_Counter], more: tuple[float, ...]) -> Rehearsed:
         return values[0] + sum(times * (value - values[0]) for times, value in changes)
 
     places = set.intersection(*(set(run.peaks) for run in runs))
-    peaks = [
-        (at([run.peaks[place][0] for run in runs]), at([run.peaks[place][1] for run in runs]))
-        for place in places
-    ]
-    live, held = max(peaks, key=sum)
+    peaks = [[max(0.0, at([run.peaks[place][i] for run in runs])) for i in range(3)] for place in places]
+    live, held, first = max(peaks, key=sum)
     forward = {part: at([run.flops[part, True] for run in runs]) for part in PARTS}
     both = {part: forward[part] + at([run.flops[part, False] for run in runs]) for part in PARTS}
-    return Rehearsed(max(0.0, live), max(0.0, held), forward, both)
+    return Rehearsed(live, held, first, forward, both)
 
 
 def _cut(model: Any, encoder_layers: int, decoder_layers: int) -> Any:
@@ -214,6 +217,7 @@ def _run(model: Any, prepare: Callable[[Any], None], work: Work) -> _Counter:
     def made(weight: Tensor) -> None:
         if not work.held_from_start:
             counter.held += work.held * weight.numel()
+        counter.at_first = work.at_first
         counter.note()
         weight.grad = None
 
