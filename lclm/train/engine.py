@@ -104,7 +104,11 @@ def spread_out(
     model: torch.nn.Module, settings: EngineSettings, processes: Processes, config: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """Partition a model that only the main process has, for an engine at ZeRO 3; see `scatter`."""
-    import_deepspeed()
+    deepspeed = import_deepspeed()
+    backend = deepspeed.get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(
+        backend, dist_init_required=False
+    )  # it has to know how many processes there are
     elements = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     whole = deepspeed_config(settings, elements=elements, world=processes.size, **config)
     return scatter(model, whole, torch.bfloat16 if settings.precision == "bf16" else torch.float32, processes)

@@ -54,7 +54,7 @@ def main():
     processes = start_processes(recipe.engine)
     found = {}
     for name, stage in recipe.stages.items():
-        for way in ("whole", "spread"):
+        for way in ("spread", "whole"):  # as in a run, nothing of DeepSpeed has been used before
             torch.manual_seed(5)  # LoRA's first weights come from the process's own random state
             if way == "whole":
                 engine = whole(recipe, stage, processes)
