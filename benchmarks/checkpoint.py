@@ -67,9 +67,10 @@ class Bench:
         stepper.step(batches, step=state.step, stage_step=state.stage_step, progress=0.5, norms=False)
         state.step, state.stage_step = state.step + 1, state.stage_step + 1
 
-    def block(self, mode: str, steps: int, saves: int) -> tuple[float, float]:
-        """Seconds of `saves` times a save and `steps` steps, and of the saves alone, both for one of them."""
-        begin, saved = time.perf_counter(), 0.0
+    def block(self, mode: str, steps: int, saves: int) -> tuple[float, float, float]:
+        """Seconds of `saves` times a save and `steps` steps, of the saves alone, and of all in CPU time of this
+        process; each for one of them."""
+        begin, saved, cpu = time.perf_counter(), 0.0, time.process_time()
         for _ in range(saves):
             before = time.perf_counter()
             if mode in self.savers:
@@ -78,11 +79,11 @@ class Bench:
             saved += time.perf_counter() - before
             for _ in range(steps):
                 self.step()
-        seconds = time.perf_counter() - begin
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         if mode in self.savers:
             self.savers[mode].settle()
             assert not self.savers[mode].failed_in_a_row, self.events[-1]
-        return seconds / saves, saved / saves
+        return seconds / saves, saved / saves, cpu / saves
 
     def sync_to_disk(self) -> float:
         """Seconds of fsync for a checkpoint's files and folders, just copied."""
@@ -113,12 +114,14 @@ def measure(size: str, stage: str, every: int, rounds: int, folder: Path) -> lis
     for steps, times in ((every, 1), (1, 5)):
         seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
         saves: dict[str, list[float]] = {mode: [] for mode in MODES}
+        cpus: dict[str, list[float]] = {mode: [] for mode in MODES}
         for turn, modes in zip(range(rounds + 1), itertools.cycle((MODES, MODES[::-1])), strict=False):
             for mode in modes:
-                block, saved = bench.block(mode, steps, times)
+                block, saved, cpu = bench.block(mode, steps, times)
                 if turn:  # the first one warms up
                     seconds[mode].append(block)
                     saves[mode].append(saved)
+                    cpus[mode].append(cpu)
         if steps == every:
             writes = [event["write_seconds"] for event in bench.events if "write_seconds" in event][1:]
             disk = [bench.sync_to_disk() for _ in range(rounds)]
@@ -131,6 +134,7 @@ def measure(size: str, stage: str, every: int, rounds: int, folder: Path) -> lis
                 "ms a step": statistics.median(seconds[mode]) / steps * 1e3,
                 "blocks": spread(seconds[mode]),
             }
+            row["CPU ms a step"] = statistics.median(cpus[mode]) / steps * 1e3
             if mode != "none":
                 row |= {"training waits, ms a save": wait * 1e3, "waits, % of steps": 100 * wait / none}
                 row |= {"all it costs, % of steps": 100 * cost, "fsync, ms": statistics.median(disk) * 1e3}
@@ -168,7 +172,7 @@ def main() -> None:
             "save and the steps up to the next.",
             "`training waits` is the save itself, against the steps of blocks without one; `all it costs` "
             "compares whole blocks of a round, with what writing in the background takes from the steps and "
-            "with their noise.",
+            "with the noise of a machine that others use too; CPU time is the training process's own.",
             f"Stage {given.stage} of recipes/tiny.yaml, one process. `wider`: 4 + 4 layers of width 512 and "
             "a third of the tokens a step: a checkpoint that is large for its steps.",
             "`in the background` is what the writing process takes at low priority, checksums and fsync "
