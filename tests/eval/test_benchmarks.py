@@ -61,3 +61,27 @@ def test_the_step_at_size_runs_in_small(more, tmp_path):
         alike = [other["loss"] for other in rows if other["stage"] == row["stage"]]
         assert row["loss"] == pytest.approx(alike[0], rel=1e-3)
         assert 0 < row["MFU %"] < 100
+
+
+@pytest.mark.slow
+def test_the_simulation_of_many_ranks_holds_what_it_must(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "simulate.py"), "--ranks", "32", "--steps", "1", "--quick"]
+    subprocess.run(
+        [*command, "--name", str(tmp_path / "out")],
+        check=True,
+        capture_output=True,
+        timeout=900,
+        cwd=BENCHMARKS.parent,
+    )
+    parts = ("order", "once", "balance", "resume", "memory")
+    rows = {part: json.loads((tmp_path / f"out_{part}.json").read_text())["rows"] for part in parts}
+    assert [row["ranks"] for row in rows["order"]] == [32, 8, 1]
+    assert {row["resumed step equal"] for row in rows["order"]} == {"True"}
+    assert {row["first step equal"] for row in rows["order"]} == {"", "True"}
+    (once,) = rows["once"]
+    assert once["samples read whole, once"] == 320 and once["steps"] > 4
+    assert not once["samples with a token lost, added or out of place"] and not once["examples seen twice"]
+    worst = {(row["case"], row["ranks"], row["work"]): row["largest"] for row in rows["balance"]}
+    assert worst["recipe", 32, "decoder"] <= 1.05 < worst["recipe, attention: null", 32, "decoder"]
+    assert worst["recipe", 32, "encoder"] <= 1.05
+    assert len(rows["resume"]) == 8 and len(rows["memory"]) == 5
