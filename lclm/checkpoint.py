@@ -334,12 +334,11 @@ def weights_fingerprint(named: Iterable[tuple[str, Any]]) -> str:
 
 def provenance(seed: int, fingerprints: dict[str, str]) -> dict[str, Any]:
     """Commit, uncommitted diff, versions, launcher variables, seed and data fingerprints of a run."""
-    source = Path(__file__).resolve().parent.parent
     versions = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
     return {
         "schema": SCHEMA,
-        "commit": _git(source, "rev-parse", "HEAD"),
-        "diff": _git(source, "diff", "HEAD"),
+        "commit": commit(),
+        "diff": _git("diff", "HEAD"),
         "versions": dict(sorted(versions.items())),
         "launcher": {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ},
         "seed": seed,
@@ -347,7 +346,13 @@ def provenance(seed: int, fingerprints: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def commit() -> str | None:
+    """The commit that this code is of; None outside a checkout."""
+    return _git("rev-parse", "HEAD")
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class Plan:
     @property
     def disk(self) -> float:
         """Bytes that the run folder may take: checkpoints, and an export of each stage and of the run."""
-        return disk_needed(self.recipe, self.counts, self.stages)
+        return disk_needed(self.recipe, self.counts, [stage.checkpoint for stage in self.stages])
 
 
 class Planner:
@@ -377,15 +377,26 @@ def checkpoint_bytes(weights: Weights, engine: Engine) -> float:
     return float((engine.bytes + masters) * weights.learning + moments)
 
 
-def disk_needed(recipe: Any, counts: dict[str, int], stages: list[StagePlan]) -> float:
+def disk_needed(recipe: Any, counts: dict[str, int], checkpoints: list[float]) -> float:
     """Bytes at most: checkpoints kept and being written, exports of all stages and the run's."""
-    exports = 4.0 * sum(counts.values()) * (len(stages) + 1)
-    checkpoints = max(stage.checkpoint for stage in stages) * (recipe.train.keep + KEEPS_FOR_DISK)
-    return exports + checkpoints
+    exports = 4.0 * sum(counts.values()) * (len(checkpoints) + 1)
+    return exports + max(checkpoints) * (recipe.train.keep + KEEPS_FOR_DISK)
 
 
-def with_lanes(recipe: Any, lanes: int) -> Any:
-    """A copy of the recipe with other lanes."""
-    changed = copy.deepcopy(recipe)
-    changed.data = replace(changed.data, lanes=lanes)
-    return changed
+def needed_disk(recipe: Any, processes: int) -> float:
+    """Bytes that the run's folder may take at most. ValueError for a model that cannot be built."""
+    from lclm.model.build import components
+    from lclm.train.hardware import MACHINES
+
+    planner = Planner(recipe, Cluster(MACHINES["cpu"], per_node=processes))
+    counts = {
+        part: sum(weight.numel() for _, weight in found) for part, found in components(planner.model).items()
+    }
+    known: dict[str, Weights] = {}
+    checkpoints = []
+    for stage in recipe.stages.values():
+        learns = repr([(part, own.lora, own.muon) for part, own in stage.learn.items()])
+        if learns not in known:
+            known[learns] = weights_of(*planner.prepared(stage, ActivationCheckpointing()))
+        checkpoints.append(checkpoint_bytes(known[learns], planner.engine(recipe, stage)))
+    return disk_needed(recipe, counts, checkpoints)

@@ -18,6 +18,7 @@ from lclm.train.processes import Processes
 MAY_CHANGE = (
     *("train.save_every_steps", "train.save_every_minutes", "train.keep", "train.log_every"),
     *("train.validate_every", "train.validate_batches", "train.probe_every", "train.peak_tflops"),
+    *("train.preflight",),
     *("train.stop_after_steps", "train.stop_after_minutes", "train.stop_before_limit_minutes"),
     *("train.save", "train.snapshot_folder", "train.max_failed_saves"),
     *(

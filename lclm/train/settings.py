@@ -191,6 +191,7 @@ class TrainSettings:
     fit_steps: int = 8  # steps of each stage measured for it
     max_skips_in_a_row: int = 5  # steps left out (not finite, or a spike) before the run stops
     spike: SpikeSettings | None = None  # leave out steps whose loss jumps; null = only what is not finite
+    preflight: bool = True  # before the first step: same code, data, versions everywhere; room on the disk
     peak_tflops: float | None = None  # per process, for MFU; null = measured matrix-multiplication rate
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from lclm.train.feed import Tally
 from lclm.train.fit import fit_budgets
 from lclm.train.lifeline import Lifeline
 from lclm.train.metrics import Progress
+from lclm.train.preflight import preflight
 from lclm.train.processes import Processes, start_processes
 from lclm.train.runs import Run, open_run
 from lclm.train.saver import Saver
@@ -53,6 +54,8 @@ def take_stages(recipe: Any, processes: Processes, stop: Stop) -> Path:
     progress = Progress(main=processes.main)
     run = None
     try:
+        if recipe.train.preflight:
+            preflight(recipe, processes)
         run = open_run(recipe, processes, lambda asked: fit_budgets(asked, processes))
         processes.write_faults_to(run.folder.faults)
         state, start = State(), None
