@@ -233,7 +233,7 @@ class Slurm:
         added = {"PROCESSES": "1", "LOGS": str(self.folder / "jobs"), "OMP_NUM_THREADS": "1"}
         added |= {"PYTHON": sys.executable, "PATH": PATH, **self.environment, **environment}
         done = subprocess.run(
-            self.hosts[0].command("sbatch", "--parsable", f"--output={self.folder}/jobs/%j/job.log", *words),
+            self.hosts[0].command("sbatch", "--parsable", f"--output={self.folder}/job-%j.log", *words),
             env={name: value for name, value in os.environ.items() if name not in LAUNCHERS} | added,
             capture_output=True,
             text=True,
@@ -248,9 +248,9 @@ class Slurm:
         words = self.ask("scontrol", "show", "job", job).split()
         return next((word.partition("=")[2] for word in words if word.startswith(f"{key}=")), "")
 
-    def log(self, job: str, name: str = "job") -> str:
+    def log(self, job: str, node: str | None = None) -> str:
         """What a job's script has printed, or its processes on a node."""
-        file = self.folder / "jobs" / job / f"{name}.log"
+        file = self.folder / (f"jobs/{job}/{node}.log" if node else f"job-{job}.log")
         return file.read_text(errors="replace") if file.exists() else ""
 
     def restart_now(self, job: str) -> None:
@@ -260,7 +260,7 @@ class Slurm:
 
     def logs(self) -> str:
         """The end of every log."""
-        files = [*self.folder.glob("jobs/*/*"), *self.folder.glob("log/*")]
+        files = [*self.folder.glob("job-*"), *self.folder.glob("jobs/*/*"), *self.folder.glob("log/*")]
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
 
