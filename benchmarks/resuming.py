@@ -119,8 +119,8 @@ def measure_resume(
                 "open, s": opened - begin,
                 "first step, s": done - opened,
                 "manifest MB": counts["json bytes"] / 1e6,
-                "reads of indexes": counts["npy reads"], "their bytes": counts["npy bytes"],
-                "reads of shards": counts["tar reads"], "their bytes ": counts["tar bytes"],
+                "reads of indexes": counts["npy reads"], "bytes of indexes": counts["npy bytes"],
+                "reads of shards": counts["tar reads"], "bytes of shards": counts["tar bytes"],
             }
         )  # fmt: skip
     return rows

@@ -180,7 +180,8 @@ def _table(title: str, fills: Sequence[Fill], geometry: Geometry) -> str:
     if best.dropped:
         lines.append(f"left out or shortened: {', '.join(f'{k} {n}' for k, n in best.dropped.items())}")
     lines.append(
-        f"pack: {{positions: {best.pack.positions}, rows: {best.pack.rows}, latents: {best.pack.latents}}}"
+        f"pack: {{positions: {best.pack.positions}, rows: {best.pack.rows}, latents: {best.pack.latents}"
+        + (f", attention: {best.pack.attention}}}" if best.pack.attention else "}")
         + ("" if best.good else "   # below 97% and 93%: add a task that can be cut (interleave, plain)")
     )
     return "\n".join(lines)

@@ -78,8 +78,8 @@ def test_going_on_costs_the_same_reads_wherever(many):
     for row in resumed:
         assert row["reads of shards"] <= beginning["reads of shards"] + 16 < held
         assert row["reads of indexes"] <= beginning["reads of indexes"] + 16
-        assert row["their bytes"] <= row["reads of indexes"] * (index.PAGE * 32 + index.HEADER)
-        assert row["their bytes "] <= 3 * beginning["their bytes "]
+        assert row["bytes of indexes"] <= row["reads of indexes"] * (index.PAGE * 32 + index.HEADER)
+        assert row["bytes of shards"] <= 3 * beginning["bytes of shards"]
 
 
 def test_a_manifest_is_read_once_for_a_loader_and_its_lanes(many):

@@ -84,4 +84,4 @@ def test_the_simulation_of_many_ranks_holds_what_it_must(tmp_path):
     worst = {(row["case"], row["ranks"], row["work"]): row["largest"] for row in rows["balance"]}
     assert worst["recipe", 32, "decoder"] <= 1.05 < worst["recipe, attention: null", 32, "decoder"]
     assert worst["recipe", 32, "encoder"] <= 1.05
-    assert len(rows["resume"]) == 8 and len(rows["memory"]) == 5
+    assert len(rows["resume"]) == 8 and len(rows["memory"]) == 4
