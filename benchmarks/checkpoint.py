@@ -68,8 +68,8 @@ class Bench:
         state.step, state.stage_step = state.step + 1, state.stage_step + 1
 
     def block(self, mode: str, steps: int, saves: int) -> tuple[float, float, float]:
-        """Seconds of `saves` times a save and `steps` steps, of the saves alone, and of all in CPU time of this
-        process; each for one of them."""
+        """Seconds of `saves` times a save and `steps` steps, of the saves alone, and of all in CPU time of
+        this process; each for one of them."""
         begin, saved, cpu = time.perf_counter(), 0.0, time.process_time()
         for _ in range(saves):
             before = time.perf_counter()

@@ -19,6 +19,8 @@ from lclm.train.snapshot import SnapshotFolder, room
 
 TURN = 0.2
 """Seconds between the processes' words to one another while they wait for a checkpoint."""
+SAID_SECONDS = 1.0
+"""A longer wait for the disk is said."""
 PARTING_SECONDS = 60.0
 """How long a run that ends by an error waits for the checkpoint that is being written."""
 
@@ -112,6 +114,9 @@ class Saver:
         if error is None:
             self._pending = self._answer = None
             self._whole, self.failed_in_a_row = state.stage_step, 0
+            if waited > SAID_SECONDS:
+                self._event("save_waited", of_step=state.stage_step, seconds=round(waited, 3))
+                self._say(f"waited {waited:,.1f} s for {final.name} to be on the disk")
             return
         self._writer.end()
         self._pending = self._answer = None

@@ -1,10 +1,12 @@
-"""Checkpoints of one process, in the background as at once; what cannot be written is said and tried again."""
+"""Checkpoints of one process, in the background and at once; what cannot be written is tried again."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -174,6 +176,19 @@ def test_a_disk_that_hangs_is_not_waited_for_without_end(watched, monkeypatch):
     assert "not on the disk after" in one.said[-1]
     one.saver.save(State(stage_step=3), now=True)
     assert one.names() == ["step-00000003", "step-00000001"]
+
+
+def test_a_save_waits_for_the_one_before_and_says_so(watched):
+    one = watched()
+    one.saver.save(State(stage_step=1))
+    one.saver.settle()
+    writer = one.saver._writer._process.pid
+    os.kill(writer, signal.SIGSTOP)
+    one.saver.save(State(stage_step=2))
+    threading.Timer(1.5, os.kill, (writer, signal.SIGCONT)).start()
+    one.saver.save(State(stage_step=3), now=True)
+    assert one.names() == ["step-00000003", "step-00000002"]
+    assert re.fullmatch(r"waited \d+\.\d s for step-00000002 to be on the disk", one.said[-1])
 
 
 def test_without_room_in_memory_checkpoints_are_written_at_once(watched, engine, monkeypatch):
