@@ -67,7 +67,7 @@ def universal(checkpoint: Path, processes: Processes, say: Callable[[str], None]
     identity = read_json(checkpoint / "state.json")["identity"]
     say(
         f"{checkpoint.name} was written by {identity['processes']} processes at ZeRO {identity['zero']}; "
-        f"cutting its {size / 2**20:,.1f} MiB anew; the other processes wait"
+        f"cutting its {size / 2**20:,.1f} MiB anew"
     )
     began, error = time.monotonic(), None
     with processes.alone("cutting a checkpoint anew"):

@@ -32,7 +32,7 @@ MAY_CHANGE = (
         "data.reading",
     ),
     *("engine.zero", "stages.*.zero", "engine.bucket_elements", "engine.activation_checkpointing"),
-    "data.micro_batch",
+    *("engine.offload_optimizer", "data.micro_batch"),
 )
 """Settings that a run may go on with changed: logging, retention, wall time, launcher, and how a step is
 shared out over processes, which changes no batch and a loss by rounding only. No others."""

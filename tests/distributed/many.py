@@ -48,14 +48,14 @@ class Odd(Toy):
         self.frozen.requires_grad_(False)
 
 
-def odd_engine(zero: int, precision: str, seed: int) -> Engine:
+def odd_engine(zero: int, precision: str, seed: int, offload: bool = False) -> Engine:
     torch.manual_seed(0)
     model = Odd()
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    settings = EngineSettings(zero=zero, precision=precision)
+    settings = EngineSettings(zero=zero, precision=precision, offload_optimizer=offload)
     groups = parameter_groups(components(model), LEARN)
     processes = start_processes(settings)
     return Engine(model, groups, settings, processes, zero=zero, clip=1.0, micro_batch=2, accumulation=1)
@@ -116,11 +116,11 @@ def cut(folder: str, zero: int, precision: str, steps: int = 3, seed: int = 1) -
     engine.close()
 
 
-def cut_anew(folder: str, zero: int, precision: str) -> None:
+def cut_anew(folder: str, zero: int, precision: str, offload: bool = False) -> None:
     """Load what `cut` wrote into an engine of another start; everything must be as it was, bit for bit."""
     expected = torch.load(Path(folder) / "state.pt")
     path = StageFolder(Path(folder)).candidates()[0]
-    engine = odd_engine(zero, precision, seed=2)
+    engine = odd_engine(zero, precision, 2, offload)
     name = f"{folder} at {engine.processes.size} processes and ZeRO {zero}"
     assert identity(engine).check(path), f"{name} needs no cutting"
     said: list[str] = []

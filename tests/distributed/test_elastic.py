@@ -229,6 +229,11 @@ class TestForms:
         many.cut_anew(str(folder.path), 3, "fp32")
         return (universal_folder(folder.checkpoint(3)) / "origin.json").stat().st_mtime_ns
 
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_the_optimizer_may_move_to_the_cpu(self, tmp_path, precision):
+        many.cut(str(tmp_path), 2, precision)
+        many.cut_anew(str(tmp_path), 3, precision, offload=True)
+
     def test_it_is_made_once(self, cut):
         first = self.again(cut)
         assert self.again(cut) == first
