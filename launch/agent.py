@@ -103,6 +103,10 @@ def say(text: str) -> None:
     print(f"launch/torchrun.sh ({socket.gethostname()}): {text}", file=sys.stderr, flush=True)
 
 
+class GivenUp(Exception):
+    """Nothing was started: the exit code, and why."""
+
+
 class Keeper(threading.Thread):
     """Passes signals on to this machine's processes, and ends the program when it waits for too long.
 
@@ -195,7 +199,7 @@ def to_exit_with(code: int, options: argparse.Namespace) -> int:
 
 
 def resolve(names: list[str], seconds: float) -> None:
-    """Wait until all names have addresses; exit code 2 if one has none in time."""
+    """Wait until all names have addresses; GivenUp with exit code 2 if one has none in time."""
     until = time.monotonic() + seconds
     for name in names:
         while True:
@@ -204,11 +208,11 @@ def resolve(names: list[str], seconds: float) -> None:
                 break
             except OSError as error:
                 if time.monotonic() > until:
-                    say(
+                    raise GivenUp(
+                        USER,
                         f"the name {name} does not resolve here ({error.strerror}, tried for {seconds:g} s); "
-                        "correct it, or add it to DNS or /etc/hosts of this machine"
-                    )
-                    sys.exit(USER)
+                        "correct it, or add it to DNS or /etc/hosts of this machine",
+                    ) from None
                 time.sleep(min(1.0, seconds / 10))
 
 
@@ -242,7 +246,7 @@ def interface_towards(names: list[str]) -> str | None:
 
 
 def wait_for_door(host: str, port: int, seconds: float, keeper: Keeper) -> None:
-    """Wait until the first machine listens; exit code 76 if it does not in time."""
+    """Wait until the first machine listens; GivenUp with exit code 76 if it does not in time."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -250,13 +254,13 @@ def wait_for_door(host: str, port: int, seconds: float, keeper: Keeper) -> None:
             return
         except OSError as error:
             if keeper.asked:
-                sys.exit(SAVED)
+                raise GivenUp(SAVED, "stopped while it had no processes") from None
             if time.monotonic() > until:
-                say(
+                raise GivenUp(
+                    LOST,
                     f"no one listens at {host}:{port} after {seconds:g} s ({error}): is launch/torchrun.sh "
-                    "running on that machine, and the port open between the two?"
-                )
-                sys.exit(LOST)
+                    "running on that machine, and the port open between the two?",
+                ) from None
             time.sleep(1)
 
 
@@ -293,10 +297,14 @@ def main() -> int:
         os.environ["LAUNCH_CODES"] = folder
         keeper = Keeper(codes, options)
         keeper.start()
-        command = launcher(options, keeper)
-        keeper.seen = time.monotonic()
         worker = str(Path(__file__).with_name("worker.py"))
-        code = torchrun([*command, worker, options.recipe, *options.overrides], codes)
+        try:
+            command = launcher(options, keeper)
+            keeper.seen = time.monotonic()
+            code = torchrun([*command, worker, options.recipe, *options.overrides], codes)
+        except GivenUp as end:
+            code, why = end.args
+            say(why)
     return to_exit_with(code, options)
 
 

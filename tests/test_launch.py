@@ -108,6 +108,13 @@ def test_an_error_of_the_user_comes_out_as_2_and_starts_nothing_again() -> None:
     assert done.stderr.count("no/such/recipe.yaml") == 1, done.stderr
 
 
+def test_the_code_for_another_start_can_be_chosen() -> None:
+    words = ["--nodes=2", "--rendezvous=192.0.2.1", "--join-timeout=1", "--again-code=138", "1", "tiny"]
+    done = run(LAUNCH / "torchrun.sh", *words)
+    assert done.returncode == 138
+    assert "no one listens at 192.0.2.1:29400 after 1 s" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("final", "failed", "code"),
     [
