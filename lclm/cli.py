@@ -128,6 +128,39 @@ def plan(
         typer.echo(f"written: {output}")
 
 
+@app.command(short_help="Try everything that a run needs, on the machines that will run it.")
+def doctor(recipe_path: RecipePath, overrides: Overrides = None) -> None:
+    """Try what a run needs, on the machines that will run it; started as `lclm train` is, by any launcher.
+
+    All processes have the same code, recipe, data and libraries; disk, host memory, shared memory, open
+    files, clocks and GPUs suffice; all-reduce works, and how fast; the largest batch fits. Exit code 2 when
+    something is wrong, with what, where and how to fix it. `lclm train` does the quick part (train.preflight).
+
+    \b
+      lclm doctor recipes/tiny.yaml
+      python -m torch.distributed.run --nproc-per-node 8 -m lclm doctor recipes/0.6b-4b/16x.yaml
+    """
+    from lclm.recipe import load_recipe
+
+    loaded = load_recipe(recipe_path, overrides or [])
+    from lclm.train.doctor import doctor as examine
+    from lclm.train.processes import leave_processes, start_processes
+
+    no_loading_bars(loaded.model.init_from, loaded.model.encoder.path, loaded.model.decoder.path)
+    processes = start_processes(loaded.engine)
+    checked = examine(loaded, processes)
+    leave_processes()
+    if processes.main:
+        for what, figure in checked.figures.items():
+            typer.echo(f"{what}: {figure}")
+    if checked.problems and processes.main:
+        raise ValueError("\n".join(checked.problems))
+    if checked.problems:
+        raise typer.Exit(2)
+    if processes.main:
+        typer.echo("all is well")
+
+
 @app.command(short_help="Write a page with the plots of a run.")
 def report(run: Run) -> None:
     """Write a page with tables and plots of a run: report.html and report.md in the run folder.

@@ -152,6 +152,14 @@ class Planner:
         self._rehearsed: dict[Any, Rehearsed] = {} if rehearsed is None else rehearsed
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Parameters of each component."""
+        from lclm.model.build import components
+
+        found = components(self.model)
+        return {part: sum(weight.numel() for _, weight in weights) for part, weights in found.items()}
+
+    @property
     def row_length(self) -> int:
         """Tokens of an encoder row."""
         config = copy.deepcopy(self.model.config)
@@ -301,12 +309,8 @@ class Planner:
 
 def make_plan(recipe: Any, cluster: Cluster) -> Plan:
     """The plan of a recipe. ValueError for a model that cannot be built from the recipe alone."""
-    from lclm.model.build import components
-
     planner = Planner(recipe, cluster)
-    counts = {
-        part: sum(weight.numel() for _, weight in found) for part, found in components(planner.model).items()
-    }
+    counts = planner.counts
     stages = [planner.stage(name) for name in recipe.stages]
     packs = cluster.processes * recipe.data.micro_batch
     lanes = math.ceil(recipe.data.lanes / packs) * packs
@@ -385,13 +389,10 @@ def disk_needed(recipe: Any, counts: dict[str, int], checkpoints: list[float]) -
 
 def needed_disk(recipe: Any, processes: int) -> float:
     """Bytes that the run's folder may take at most. ValueError for a model that cannot be built."""
-    from lclm.model.build import components
     from lclm.train.hardware import MACHINES
 
     planner = Planner(recipe, Cluster(MACHINES["cpu"], per_node=processes))
-    counts = {
-        part: sum(weight.numel() for _, weight in found) for part, found in components(planner.model).items()
-    }
+    counts = planner.counts
     known: dict[str, Weights] = {}
     checkpoints = []
     for stage in recipe.stages.values():
