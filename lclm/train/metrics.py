@@ -32,15 +32,16 @@ and, by kind (a figure that could not be measured is left out):
     validation       loss, loss_tokens, task_loss, task_tokens, on held-out data
     probe            probes: what `lclm.eval.probes.run_probes` returned
     event            event: "start" | "resume" | "rewind" | "damage" | "stage_start" | "stage_end" | "skip" |
-                     "checkpoint" | "save_failed" | "save_in_foreground" | "slow" | "slow_step" | "fit" |
-                     "done", and figures of its own (skip:
+                     "checkpoint" | "save_failed" | "save_in_foreground" | "save_waited" | "slow" |
+                     "slow_step" | "fit" | "done", and figures of its own (skip:
                      reason, keys of samples, the worst first, for a spike also task, loss, expected, sigmas;
                      rewind: the same and from_step, rewinds; damage, once for each "source: reason": found,
                      files; fit: factor, step_seconds; checkpoint: of_step of the stage, save,
                      waited_seconds of training, write_seconds in the background; save_failed: of_step,
-                     message, in_a_row; save_in_foreground: reason; slow, a process that takes longer than the
-                     others, three lines in a row: process, host, part, seconds, others; slow_step: of_step,
-                     seconds, usual, and if one process was the cause, process, host, part; ...)
+                     message, in_a_row; save_in_foreground: reason; save_waited: seconds;
+                     slow, a process that takes longer than the others, three lines in a row: process, host,
+                     part, seconds, others; slow_step: of_step, seconds, usual, and if one process was the
+                     cause, process, host, part; ...)
 
 On resume the lines after the checkpoint's step are cut off, so a step appears once. TensorBoard holds the
 same figures under `<kind>/<name>` and `<kind>/<name>/<key>`.

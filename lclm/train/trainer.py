@@ -184,6 +184,7 @@ class StageTrainer:
                 raise Requeue(f"{reason}; saved after step {state.step:,}", together=True)
         if not saved:
             self.save(watcher)
+        self.saver.settle()
 
     @property
     def made(self) -> float:
@@ -217,7 +218,6 @@ class StageTrainer:
 
     def finish(self, watcher: Watcher) -> None:
         """Write the stage's export, in the master weights' precision, and mark it as done. Collective."""
-        self.saver.settle()
         self._complete_state(watcher)
         error, model = None, self.whole_model()
         with self.processes.alone("export"):
