@@ -124,8 +124,8 @@ def judge(seen: Mapping[int, Seen], now: float, limits: Limits) -> Verdict | Non
         return Verdict(LOST, f"{who} ended with an error: {end[1]}\n{others(seen, [rank])}")
     alive = {rank: one for rank, one in seen.items() if one.place.end is None}
     failed = any(one.place.failed for one in alive.values())
-    silent = limits.failed if failed else limits.silent
-    lost = [rank for rank, one in alive.items() if now - one.heard > silent]
+    patience = limits.failed if failed else limits.silent
+    lost = [rank for rank, one in alive.items() if now - one.heard > patience]
     if lost:
         longest = max(now - seen[rank].heard for rank in lost)
         return Verdict(
@@ -137,9 +137,11 @@ def judge(seen: Mapping[int, Seen], now: float, limits: Limits) -> Verdict | Non
     if any(now - one.moved > still for one in alive.values()):
         stuck = blocking({rank: one.place for rank, one in alive.items()})
         longest = max(now - seen[rank].moved for rank in stuck)
+        silent = [rank for rank in stuck if now - seen[rank].heard > limits.failed]
+        nor = " or answer" if silent else ""
         return Verdict(
             LOST,
-            f"{names(stuck, seen)} {verb(stuck)} not go on: {longest:.0f} s {at(stuck, seen)}\n"
+            f"{names(stuck, seen)} {verb(stuck)} not go on{nor}: {longest:.0f} s {at(stuck, seen)}\n"
             f"{others(seen, stuck)}",
         )
     return None
