@@ -128,3 +128,22 @@ def test_on_cuda_packed_equals_alone_and_sdpa(encoder, directions, name, tiny, r
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     for one, two in itertools.zip_longest(*found.values()):
         assert (one.float() - two.float()).abs().max() <= 0.05 * one.float().abs().max()
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+def test_gradients_of_the_decoder_are_ready_before_the_encoder_is_gone_through(recompute, tiny, rng):
+    """So that engines reduce them meanwhile; each is ready once, however many groups the rows go through in."""
+    model = tiny.model(max_rows_per_forward=1).train()
+    if recompute:
+        for part in (model.encoder, model.decoder):
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ready = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))
+    arrays = tiny.lay_out([[tiny.example(SPANS, rng)]], model)
+    del arrays["attention_mask"]
+    model(**arrays).loss.backward()
+    assert len(ready) == len(set(ready)) == len(list(model.parameters()))
+    blocks = [number for number, name in enumerate(ready) if name.startswith("decoder.model.layers")]
+    encoder = [number for number, name in enumerate(ready) if name.startswith("encoder.")]
+    assert max(blocks) < min(encoder)
