@@ -78,6 +78,8 @@ class Lifeline:
     def __enter__(self) -> Lifeline:
         if self.size > 1:
             self._connect()
+        if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__)
         self._arm()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._watch)]
         for thread in self._threads:
