@@ -28,6 +28,7 @@ import torch
 from lclm.checkpoint import (
     CHECKSUMS,
     SCHEMA,
+    STATE,
     changed,
     checksums,
     list_files,
@@ -63,12 +64,13 @@ def universal(checkpoint: Path, processes: Processes, say: Callable[[str], None]
     found = [text for text in processes.gather(_unfit(final, checkpoint, processes)) if text]
     if not found:
         return final
-    size = sum(path.stat().st_size for path in list_files(checkpoint / TAG))
-    identity = read_json(checkpoint / "state.json")["identity"]
-    say(
-        f"{checkpoint.name} was written by {identity['processes']} processes at ZeRO {identity['zero']}; "
-        f"cutting its {size / 2**20:,.1f} MiB anew"
-    )
+    if processes.main:
+        size = sum(path.stat().st_size for path in list_files(checkpoint / TAG)) / 2**20
+        origin = read_json(checkpoint / STATE)["identity"]
+        say(
+            f"{checkpoint.name} was written by {origin['processes']} processes at ZeRO {origin['zero']}; "
+            f"cutting its {size:,.1f} MiB anew"
+        )
     began, error = time.monotonic(), None
     with processes.alone("cutting a checkpoint anew"):
         if processes.main:
