@@ -19,6 +19,9 @@ import pytest
 import torch
 
 from lclm.checkpoint import RunFolder, damage
+from lclm.recipe import load_recipe
+from lclm.train.ends import Requeue
+from lclm.train.trainer import train
 from tests.end_to_end import small_run as small
 
 LIMIT = 240.0
@@ -34,8 +37,13 @@ def data(tmp_path_factory):
 def whole(data, tmp_path_factory):
     """An undisturbed run of the recipe of `content`, without checkpoints in the background."""
     folder = tmp_path_factory.mktemp("whole")
-    small.run(small.write(folder, content(data, folder / "run", save="sync", save_every_steps=None)))
+    train_here(folder, content(data, folder / "run", save="sync", save_every_steps=None))
     return folder / "run"
+
+
+def train_here(folder: Path, recipe: dict[str, Any]) -> None:
+    """Train in this process: what ends it is raised."""
+    train(load_recipe(small.write(folder, recipe)))
 
 
 def content(data: Path, run: Path, steps: int = 12, zero: int = 0, **train: Any) -> dict[str, Any]:
@@ -207,30 +215,30 @@ def test_a_limit_on_the_size_of_files(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_checkpoints_are_named_and_the_newest_whole_one_is_used(data, tmp_path, whole):
+def test_damaged_checkpoints_are_named_and_the_newest_whole_one_is_used(data, tmp_path, whole, capsys):
     run = tmp_path / "run"
     recipe = content(data, run, keep=4, stop_after_steps=8)
-    path = small.write(tmp_path, recipe)
-    code, output = end(small.start(path))
-    assert code == 75, output
+    with pytest.raises(Requeue):
+        train_here(tmp_path, recipe)
     eight, six, four, two = joint(run).candidates()
     flip(next(eight.glob("engine/*.pt")))
     (six / "state.json").unlink()
     cut(four / "checksums.json")
+    capsys.readouterr()
     recipe["train"]["stop_after_steps"] = 1
-    code, output = end(small.start(small.write(tmp_path, recipe)))
-    assert code == 75, output
+    with pytest.raises(Requeue, match="saved after step 3"):
+        train_here(tmp_path, recipe)
+    output = capsys.readouterr().out
     for one, what in ((eight, "is not the file that was written"), (six, "is missing"), (four, "is damaged")):
-        assert re.search(rf"{one.name} is damaged and is not used: [^:]* {what}", output), output
+        assert re.search(rf"checkpoint {one.name} is damaged and is not used: \S+ {what}", output), output
     assert f"stage 01-joint goes on from {two.name}" in output
     assert sorted(path.name for path in joint(run).checkpoints.iterdir()) == [two.name, "step-00000003"]
 
     for one in joint(run).candidates():  # none is whole: the stage begins anew
         cut(next(one.glob("engine/*.pt")))
     recipe["train"]["stop_after_steps"] = None
-    code, output = end(small.start(small.write(tmp_path, recipe)))
-    assert code == 0, output
-    assert "no checkpoint of stage 01-joint is whole: the stage begins anew" in output
+    train_here(tmp_path, recipe)
+    assert "no checkpoint of stage 01-joint is whole: the stage begins anew" in capsys.readouterr().out
     same_run(whole, run)
 
 
@@ -238,41 +246,38 @@ def test_damaged_checkpoints_are_named_and_the_newest_whole_one_is_used(data, tm
 def test_a_damaged_export_of_a_complete_stage_is_named(data, tmp_path):
     """Also a damaged done.json; removing what the message names repairs the run."""
     run = tmp_path / "run"
-    recipe = content(data, run, steps=4)
+    recipe = content(data, run)
     recipe["stages"] = {"order": ["first", "second"], "first": small.stage(4), "second": small.stage(4)}
     recipe["train"]["stop_after_steps"] = 6
-    path = small.write(tmp_path, recipe)
-    assert end(small.start(path))[0] == 75
+    with pytest.raises(Requeue):
+        train_here(tmp_path, recipe)
     first = RunFolder(run).stage(0, "first")
-    kept = tmp_path / "kept"
-    shutil.copytree(first.path, kept)
+    shutil.copytree(first.path, tmp_path / "kept")
 
+    recipe["train"]["stop_after_steps"] = None
     flip(first.export / "model.safetensors")
-    code, output = end(small.start(path))
-    assert code == 2, output
-    assert "the export of a complete stage is damaged" in output
-    assert "model.safetensors is not the file that was written" in output
-    assert f"remove {first.path} and the stages after it" in output
+    with pytest.raises(ValueError, match="the export of a complete stage is damaged") as caught:
+        train_here(tmp_path, recipe)
+    assert f"{first.export / 'model.safetensors'} is not the file that was written" in str(caught.value)
+    assert f"or remove {first.path} and the stages after it: they are trained again" in str(caught.value)
     shutil.rmtree(first.path)
-    shutil.copytree(kept, first.path)
+    shutil.copytree(tmp_path / "kept", first.path)
 
     done = json.loads(first.done.read_text())
     first.done.write_text(json.dumps(done | {"state": done["state"] | {"step": 5}}))
-    code, output = end(small.start(path))
-    assert code == 2, output
-    assert "done.json, which says how a complete stage ended, cannot be used" in output
+    with pytest.raises(
+        ValueError, match=r"done\.json, which says how a complete stage ended, cannot be used"
+    ):
+        train_here(tmp_path, recipe)
 
-    for folder in (run / "stages").iterdir():
-        shutil.rmtree(folder)
-    recipe["train"]["stop_after_steps"] = None
-    code, output = end(small.start(small.write(tmp_path, recipe)))
-    assert code == 0, output
+    shutil.rmtree(run / "stages")
+    train_here(tmp_path, recipe)
     flip(run / "export" / "model.safetensors")
-    code, output = end(small.start(path))
-    assert code == 2, output
-    assert f"remove {run / 'export'}: it is copied again" in output
+    with pytest.raises(ValueError, match="export: it is copied again from"):
+        train_here(tmp_path, recipe)
     shutil.rmtree(run / "export")
-    assert end(small.start(path))[0] == 0
+    train_here(tmp_path, recipe)
+    assert small.weights(run / "export").keys() == small.weights(first.export).keys()
 
 
 @pytest.mark.slow
