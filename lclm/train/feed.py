@@ -105,9 +105,12 @@ class Feed:
 
     def dropped(self) -> dict[str, int]:
         """Samples left out or shortened since the run began, by "task: reason", all lanes. Collective."""
-        total: Counter[str] = Counter()
-        for cursor in self.state()["cursors"].values():
-            total.update(cursor.get("dropped", {}))
+        assert self._loader is not None
+        own, total = Counter[str](), Counter[str]()
+        for cursor in self._loader.state()["cursors"].values():
+            own.update(cursor.get("dropped", {}))
+        for part in self._processes.gather(dict(own)):
+            total.update(part)
         return dict(total)
 
     def heldout(self, steps: int) -> list[Batch]:
