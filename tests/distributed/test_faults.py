@@ -137,28 +137,29 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, tmp_path, start, wh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("overrides", "environment", "reason"),
-    [
-        (["train.stop_after_minutes=0.02"], {}, "train.stop_after_minutes=0.02"),
-        (["train.stop_after_steps=7"], {}, "train.stop_after_steps=7; saved after step 7"),
-        (["train.stop_before_limit_minutes=5"], {"SLURM_JOB_END_TIME": "soon"}, "time limit is"),
-    ],
-)
-def test_limits_save_and_the_run_goes_on_bit_for_bit(
-    data, tmp_path, start, whole, overrides, environment, reason
-):
+def test_a_number_of_steps_a_start_goes_on_bit_for_bit(data, tmp_path, start, whole):
     path, run = recipe(data, tmp_path)
-    if "SLURM_JOB_END_TIME" in environment:  # reached some steps after the start
-        environment = {"SLURM_JOB_END_TIME": str(int(time.time() + 300 + 20))}
-        overrides = [*overrides, "stages.first.steps=4000"]
-        path, run = recipe(data, tmp_path, steps=4000)
-    running = start(training(path, *overrides), **environment)
+    for last in (15, 30):
+        running = start(training(path, "train.stop_after_steps=15"))
+        assert running.codes() == [REQUEUE]
+        assert f"train.stop_after_steps=15; saved after step {last};" in running.said()
+    assert start(training(path)).codes() == [0]
+    same_run(whole, run)
+
+
+@pytest.mark.slow
+def test_limits_of_time_end_a_start_with_what_it_made_saved(data, tmp_path, start):
+    path, run = recipe(data, tmp_path, steps=100_000, log_every=10)
+    in_time = {"SLURM_JOB_END_TIME": str(int(time.time()) + 330)}
+    running = start(training(path, "train.stop_before_limit_minutes=5"), **in_time)
     assert running.codes() == [REQUEUE]
-    assert reason in running.said()
-    if "SLURM_JOB_END_TIME" not in environment:
-        assert start(training(path)).codes() == [0]
-        same_run(whole, run)
+    assert re.search(r"the scheduler's time limit is \d\.\d minutes away; saved after step", running.said())
+    made = small.lines(run)[-1]["step"]
+    running = start(training(path, "train.stop_after_minutes=0.6"))
+    assert running.codes() == [REQUEUE]
+    assert "train.stop_after_minutes=0.6; saved after step" in running.said()
+    assert small.lines(run)[-1]["step"] > made
+    assert len(list((run / "stages" / "01-first" / "checkpoints").glob("step-*"))) == 2
 
 
 @pytest.mark.slow
@@ -209,7 +210,7 @@ def test_a_second_signal_ends_at_once(data, tmp_path, start):
     running.kill(signal.SIGTERM)
     assert running.codes(20) == [REQUEUE]
     assert "SIGTERM again: ending at once" in running.said()
-    assert not [worker for worker in workers if worker.is_running()]
+    assert not psutil.wait_procs(workers, timeout=20)[1], "they go on without it"
 
 
 def test_a_second_run_on_the_same_directory_refuses(data, tmp_path, start, monkeypatch):
