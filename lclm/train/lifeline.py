@@ -58,7 +58,7 @@ class Lifeline:
             still=still,
             alone=max(still, settings.alone_minutes * 60),
         )
-        self.place = Place(host=host_name())
+        self.place = Place(host=host_name(), long=True)
         self.verdict: Verdict | None = None
         self._found: Verdict | None = None
         self._judged, self._closing, self._over = threading.Event(), threading.Event(), threading.Event()
@@ -97,9 +97,13 @@ class Lifeline:
         file = self._faults or sys.__stderr__ or 2
         faulthandler.dump_traceback_later(self.limits.still + BEAT, exit=True, file=file)
 
-    def at(self, phase: str, step: int | None = None) -> None:
-        """This process enters a phase; all processes enter the same ones in the same order."""
+    def at(self, phase: str, step: int | None = None, *, long: bool = False) -> None:
+        """This process enters a phase; all processes enter the same ones in the same order.
+
+        long: it may take `engine.alone_minutes`.
+        """
         self.place.phase, self.place.step = phase, self.place.step if step is None else step
+        self.place.long = long
         self.place.marks += 1
 
     @contextlib.contextmanager
@@ -108,9 +112,9 @@ class Lifeline:
 
         Raises what the verdict says if the main process does not come to its end.
         """
-        before = self.place.phase
-        self.at(phase)
-        self._alone, self.place.alone = self._alone + 1, True
+        before = self.place.phase, self.place.step, self.place.long
+        self.at(phase, long=True)
+        self._alone += 1
         yield
         if self.rank == 0 and self._store is not None:
             self._store.set("released", str(self._alone))
@@ -122,8 +126,7 @@ class Lifeline:
                     assert self.verdict is not None
                     raise self.verdict.error()
             self._hurry = False
-        self.place.alone = False
-        self.at(before)
+        self.at(*before[:2], long=before[2])
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         verdict = None

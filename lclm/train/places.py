@@ -19,16 +19,16 @@ COLLECTIVES = ("distributed_c10d.py", "torch.py")
 class Place:
     """Where a process says it is.
 
-    marks: phases it has entered, in an order that is the same on all processes. alone: the main process works
-    while the others wait. line: where its main thread is; waiting: whether in a collective. failed: it could
-    not go on, and asks why. told: it knows the verdict. end: [exit code, why] once it leaves.
+    marks: phases it has entered, in an order that is the same on all processes. long: one that may take long,
+    such as work of the main process alone. line: where its main thread is; waiting: whether in a collective.
+    failed: it could not go on, and asks why. told: it knows the verdict. end: [exit code, why] once it leaves.
     """
 
     host: str = ""
     phase: str = "start"
     step: int = 0
     marks: int = 0
-    alone: bool = False
+    long: bool = False
     line: str = ""
     waiting: bool = False
     failed: str = ""
@@ -86,7 +86,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: without a beat, without one when a process failed, in one phase, of the main process alone."""
+    """Seconds: without a beat, without one when a process failed, in one phase, in a long one."""
 
     silent: float
     failed: float
@@ -133,7 +133,7 @@ def judge(seen: Mapping[int, Seen], now: float, limits: Limits) -> Verdict | Non
             f"{names(lost, seen)} {verb(lost)} not answer: no sign of life for {longest:.0f} s; "
             f"last seen {at(lost, seen)}\n{others(seen, lost)}",
         )
-    still = limits.alone if any(one.place.alone for one in alive.values()) else limits.still
+    still = limits.alone if any(one.place.long for one in alive.values()) else limits.still
     if any(now - one.moved > still for one in alive.values()):
         stuck = blocking({rank: one.place for rank, one in alive.items()})
         longest = max(now - seen[rank].moved for rank in stuck)

@@ -40,10 +40,10 @@ class Processes:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def at(self, phase: str, step: int | None = None) -> None:
+    def at(self, phase: str, step: int | None = None, *, long: bool = False) -> None:
         """Tell the others that this process enters a phase (of a step, where one is given)."""
         if self.lifeline is not None:
-            self.lifeline.at(phase, step)
+            self.lifeline.at(phase, step, long=long)
 
     def write_faults_to(self, folder: Path) -> None:
         """Stacks of a process that does not go on are written there."""

@@ -120,7 +120,7 @@ class EngineSettings:
     offload_optimizer: bool = False  # masters, moments and their update on the CPU; ZeRO 3
     bucket_elements: int = 50_000_000  # elements per reduce and gather bucket
     timeout_minutes: float = 10.0  # without an answer, or in one phase of a step: the process is lost
-    alone_minutes: float = 120.0  # of the main process's own work: probes, exports
+    alone_minutes: float = 120.0  # at a stage's start, in the main process's own work
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):

@@ -20,7 +20,7 @@ from lclm.train.ends import AGAIN_SECONDS, LOST, REQUEUE, WRONG
 from tests.end_to_end import small_run as small
 from tests.end_to_end.test_resume import same_run
 
-STEPS, TIMEOUT_MINUTES = 40, 0.25
+STEPS, TIMEOUT_MINUTES = 40, 0.5
 PATIENCE = 200.0
 """Seconds until a test gives up waiting: many times what is expected, for busy machines."""
 

@@ -61,7 +61,7 @@ def test_in_one_phase_those_that_do_not_wait_for_others_are_to_blame():
 
 
 def test_the_main_process_may_work_alone_for_long():
-    known = seen(place(0, alone=True), place(1, alone=True), heard=500)
+    known = seen(place(0, long=True), place(1, long=True), heard=500)
     assert judge(known, 501.0, LIMITS) is None
     known[0].heard = known[1].heard = 1000
     assert "not go on" in judge(known, 1001.0, LIMITS).text
