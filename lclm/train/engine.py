@@ -214,7 +214,10 @@ class Engine:
             )
         except (OSError, RuntimeError) as error:
             self.processes.barrier()  # the one that the engine's other processes wait at
-            return f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {error}"
+            if "inline_container" in text:  # torch's way to say it, without the system's reason
+                text = f"a file could not be written in full (no space, a quota, a limit?): {text}"
+            return text
         finally:
             hook.remove()
         return None

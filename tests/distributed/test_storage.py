@@ -209,7 +209,7 @@ def test_a_limit_on_the_size_of_files(data, tmp_path):
     code, output = end(process)
     assert code == 2, output
     assert "checkpoints are not written in the background: the snapshot in memory failed" in output
-    assert "File too large" in output
+    assert "a file could not be written in full (no space, a quota, a limit?)" in output
     assert "there is no checkpoint of this stage" in output
     assert joint(run).candidates() == []
 
