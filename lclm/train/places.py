@@ -21,7 +21,7 @@ class Place:
 
     marks: phases it has entered, in an order that is the same on all processes. long: one that may take long,
     such as work of the main process alone. line: where its main thread is; waiting: whether in a collective.
-    failed: it could not go on, and asks why. told: it knows the verdict. end: [exit code, why] once it leaves.
+    failed: it cannot go on, and asks why. told: it knows the verdict. end: [exit code, why] when it leaves.
     """
 
     host: str = ""
