@@ -118,7 +118,7 @@ class StageTrainer:
         self.run, self.recipe, self.start = run, run.recipe, start
         self.processes, self.progress = processes, progress
         self.name = list(self.recipe.stages)[index]
-        processes.at(f"the start of {self.name}", state.step)
+        processes.at(f"the start of {self.name}", state.step, long=True)
         self.stage, self.folder = self.recipe.stages[self.name], run.folder.stage(index, self.name)
         self.last = index == len(self.recipe.stages) - 1
         self.stepper = Stepper(self.recipe, self.stage, start, processes)
@@ -127,7 +127,7 @@ class StageTrainer:
             run.id, self.stepper.frozen, engine.zero, self.recipe.engine.precision, processes.size
         )
         self.state, self.resumed = state, False
-        processes.at("reading a checkpoint")
+        processes.at("reading a checkpoint", long=True)
         path = newest_checkpoint(self.folder, processes, progress.say)
         if path is not None:
             if self.identity.check(path):
