@@ -179,7 +179,7 @@ def compare(size: str, name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="middle", choices=SIZES)
+    parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--name", default="memory", help="name of the result files")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)

@@ -134,7 +134,7 @@ def doctor(recipe_path: RecipePath, overrides: Overrides = None) -> None:
 
     All processes have the same code, recipe, data and libraries; disk, host memory, shared memory, open
     files, clocks and GPUs suffice; all-reduce works, and how fast; the largest batch fits. Exit code 2 when
-    something is wrong, with what, where and how to fix it. `lclm train` does the quick part (train.preflight).
+    something is wrong, with what, where and how to fix it. `lclm train` does the quick part: train.preflight.
 
     \b
       lclm doctor recipes/tiny.yaml

@@ -88,7 +88,8 @@ def held_gradients(weights: Weights, engine: Engine) -> Held:
     if engine.zero == 3:
         return Held(0.0, False, 0.0)
     if engine.zero < 2:
-        return Held(4.0 if engine.zero else float(engine.bytes), early, 0.0)
+        always = early or bool(engine.zero and engine.bf16)  # ZeRO 1 in bf16 never frees its fp32 gradients
+        return Held(4.0 if engine.zero else float(engine.bytes), always, 0.0)
     twice = 2 if early and not engine.bf16 else 1
     share = 4.0 / engine.processes
     buckets = _buckets(weights, engine)
@@ -146,7 +147,7 @@ def _step(weights: Weights, engine: Engine, share: float) -> dict[str, float]:
     if engine.offload:
         return {"buckets": 4.0 * bucket}
     if engine.zero == 1:
-        buffers = 4 * (2 if engine.overlap else 1) * bucket + (4 * share if engine.bf16 else 0)
+        buffers = 4.0 * (min(learning, REDUCED_AT_ONCE) if engine.bf16 else (1 + engine.overlap) * bucket)
         return {"gradients": 4.0 * learning, "buckets": buffers}
     copy = 0.0 if engine.zero == 2 and engine.bf16 else 4 * largest / engine.processes
     return {"gradients": 4 * share, "buckets": copy + (4.0 * bucket if engine.zero == 3 else 0.0)}
