@@ -60,7 +60,7 @@ def test_a_host_that_is_lost_and_comes_back_goes_on(data, one, hosts, tmp_path):
 
 
 def test_a_link_that_is_cut_ends_both_hosts_and_the_next_start_goes_on(data, one, hosts, tmp_path):
-    run, minutes, join = tmp_path / "run", 0.25, 10
+    run, minutes, join = tmp_path / "run", 0.25, 60
     path = tiny(data, run, 2)
     overrides = [f"engine.timeout_minutes={minutes}"]
     options = ["--restarts=0", f"--join-timeout={join}", "1", str(path), *overrides]
@@ -68,9 +68,9 @@ def test_a_link_that_is_cut_ends_both_hosts_and_the_next_start_goes_on(data, one
     make_steps(hosts, run, 6)
     hosts[1].link("down")
     cut = time.monotonic()
-    codes = [process.wait(timeout=200) for process in launched]
+    codes = [process.wait(timeout=240) for process in launched]
     assert codes == [76, 76], printed(hosts)
-    assert time.monotonic() - cut < 60 * minutes + 3 * join + 60
+    assert time.monotonic() - cut < 60 * minutes + join + 120
     for host, other in zip(hosts, reversed(hosts), strict=True):
         assert other.name in host.output(), printed(hosts)
     assert steps_made(run) < 20
