@@ -57,8 +57,10 @@ def open_run(recipe: Any, processes: Processes, fit: Callable[[Any], Any]) -> Ru
     """
     folder = RunFolder(Path(recipe.run_dir))
     error = lock = None
+    fingerprints: dict[str, str] = {}
     try:
         lock = lock_run(folder) if processes.main else None
+        fingerprints = data_fingerprints(recipe)
         fresh = not folder.recipe.is_file()
         if not fresh:
             _check_unchanged(recipe, folder)
@@ -66,7 +68,6 @@ def open_run(recipe: Any, processes: Processes, fit: Callable[[Any], Any]) -> Ru
         error = str(problem)
     try:
         processes.agree(error)
-        fingerprints = data_fingerprints(recipe)
         if fresh:
             _begin(recipe, folder, processes, fit, fingerprints)
         known = read_json(folder.provenance)
@@ -139,7 +140,7 @@ def data_fingerprints(recipe: Any) -> dict[str, str]:
     found = {}
     for group in ("sources", "heldout"):
         for name, source in getattr(recipe.data, group).items():
-            found[f"{group}.{name}"] = DataSet.open(source.path).fingerprint
+            found[f"{group}.{name}"] = DataSet.open(source.path, recipe.data.reading).fingerprint
     return found
 
 

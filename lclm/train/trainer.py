@@ -69,7 +69,7 @@ def take_stages(recipe: Any, processes: Processes, stop: Stop) -> Path:
                     check_export(folder, folder.export, processes)
             else:
                 stop_together(stop, recipe, processes)
-                state = train_stage(run, index, state.next_stage(), start, processes, progress, stop)
+                state = train_stage(run, index, state, start, processes, progress, stop)
             start = folder.export
         copy_export(folder, run.folder.export, processes)
         progress.say(f"the run is complete: {run.folder.export}")
@@ -80,11 +80,20 @@ def take_stages(recipe: Any, processes: Processes, stop: Stop) -> Path:
             run.lock.close()
 
 
-def train_stage(*arguments: Any) -> State:
-    """A stage, given what `StageTrainer` takes; gone back in, where a spike of the loss asks for it."""
+def train_stage(
+    run: Run,
+    index: int,
+    before: State,
+    start: Path | None,
+    processes: Processes,
+    progress: Progress,
+    stop: Stop,
+) -> State:
+    """Train a stage after the state `before`, going back in it where a spike of the loss asks for that."""
     rewind = None
     while True:
-        trainer = StageTrainer(*arguments, rewind)
+        state = before.next_stage()
+        trainer = StageTrainer(run, index, state, start, processes, progress, stop, rewind)
         try:
             return trainer.train()
         except Rewind as asked:

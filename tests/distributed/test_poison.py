@@ -132,6 +132,7 @@ def test_a_little_damage_is_left_out_alike(easy, tmp_path):
     assert small.losses(two) == pytest.approx(small.losses(one), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_loss_is_left_out_on_both(easy, tmp_path):
     runs = {}
     for processes in (1, 2):
