@@ -321,7 +321,7 @@ def torchrun(command: list[str], codes: Path) -> int:
     except ChildFailedError as error:
         failed = [failure.exitcode for failure in error.failures.values()]
     except (RendezvousError, dist.DistError) as error:
-        say(f"the machines did not meet, or lost each other: {error or type(error).__name__}")
+        say(f"the machines did not meet, or lost each other: {str(error) or type(error).__name__}")
         return outcome(codes, [], LOST)
     return outcome(codes, failed, LOST)
 
