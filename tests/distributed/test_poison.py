@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lclm.data.shards import DataSet
 from tests.end_to_end import poisoned
@@ -155,20 +157,19 @@ def test_a_jump_of_the_loss_is_left_out_on_both(easy, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 3])
-def test_going_back_before_a_jump_and_on_after_it(easy, tmp_path, zero):
-    """Twice: whole, and in parts that stop and go on around it."""
+def test_going_back_before_a_jump_and_on_after_it(easy, tmp_path):
+    """Twice: whole, and in parts that stop and go on around it; the same, bit for bit."""
     for name in ("whole", "parts"):
         spike = poisoned.spike(action="rewind", max_rewinds=1)
-        more = {"stop_after_steps": 9} if name == "parts" else {}
+        more = {"stop_after_steps": 10} if name == "parts" else {}
         content = poisoned.recipe(easy, tmp_path / name, steps=24, spike=spike, save_every_steps=6, **more)
-        content["engine"]["zero"] = zero
+        content["engine"]["zero"] = 2
         path, starts, code = small.write(tmp_path, content), 0, 75
         while code == 75 and starts < 6:
             code, output = ended(path, 2)
             starts += 1
         assert code == 0, output[-3000:]
-        assert starts == (1 if name == "whole" else starts) and (starts > 1) == (name == "parts")
+        assert (starts > 1) == (name == "parts")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     (event,) = events(whole, "rewind")
     assert event["from_step"] == SPIKE and event["keys"][0].startswith(poisoned.KEY)
@@ -176,18 +177,15 @@ def test_going_back_before_a_jump_and_on_after_it(easy, tmp_path, zero):
     for run in (whole, parts):
         assert [line["step"] for line in small.lines(run)] == list(range(1, 25))
         assert len(events(run, "rewind")) == 1
-    clean = poisoned.recipe(easy, tmp_path / "clean", steps=12, save_every_steps=6)
-    clean["engine"]["zero"] = zero
-    clean["stages"]["only"]["steps"] = 24
-    clean["train"]["stop_after_steps"] = 12
-    ended(small.write(tmp_path, clean), 2)
-    same = [line["loss"] for line in small.lines(tmp_path / "clean")]
-    assert [line["loss"] for line in small.lines(whole)][:12] == same[:12]
+    first, second = ([line.get("loss") for line in small.lines(run)] for run in (whole, parts))
+    assert first == second
+    before, after = small.weights(whole / "export"), small.weights(parts / "export")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def ended(path: Path, processes: int) -> tuple[int, str]:
     """The processes' exit code (0 or what torchrun says it was) and what they printed."""
     process = small.start(path, processes)
     output, _ = process.communicate(timeout=300)
-    codes = [int(line.split(":")[1].split("(")[0]) for line in output.splitlines() if "exitcode" in line]
-    return (codes[0] if codes else process.returncode), output
+    codes = re.findall(r"exitcode\s*: *(-?\d+)", output)
+    return (int(codes[0]) if codes else process.returncode), output
