@@ -296,6 +296,7 @@ class TestForms:
         assert not half.exists()
 
 
+@pytest.mark.slow
 def test_what_may_change_and_what_may_not(data, tmp_path):
     path, run = recipe(data, tmp_path, "change", 2, joint()), tmp_path / "run"
     many.train(path, [f"run_dir={run}", "train.stop_after_steps=1"])
