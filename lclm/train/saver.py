@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lclm.checkpoint import SCHEMA, StageFolder, cannot_write, start_folder
+from lclm.checkpoint import SCHEMA, StageFolder, cannot_write, discard, start_folder
 from lclm.train.ends import Requeue
 from lclm.train.engine import Engine
 from lclm.train.flush import Order, Writer
@@ -56,6 +57,11 @@ class Saver:
         self.failed_in_a_row = 0
 
     def __enter__(self) -> Saver:
+        """Not collective. What `train.keep` no longer keeps makes room for the next checkpoint."""
+        if self._processes.main:
+            with contextlib.suppress(OSError):
+                for path in self._folder.candidates()[self._settings.keep :]:
+                    discard(path)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -52,6 +52,7 @@ def content(data: Path, run: Path, steps: int = 12, zero: int = 0, **train: Any)
     recipe["engine"]["zero"] = zero
     recipe["train"] = {"log_every": 1, "save_every_steps": 2, "validate_every": None} | train
     recipe["train"]["validate_batches"] = 0
+    recipe["train"]["preflight"] = False  # it would see what is wrong before a step is taken
     recipe["probes"] |= {"samples": 2, "max_needle_tokens": 0}
     return recipe
 
@@ -149,29 +150,25 @@ def test_a_checkpoint_that_fails_is_said_and_tried_again(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_after_some_tries_and_nothing_is_lost(data, tmp_path, whole, mounted):
-    """The disk is full from the second checkpoint on: two tries, exit code 2; with room again, it goes on."""
+def test_a_full_disk_stops_the_run_after_some_tries_and_nothing_is_lost(
+    data, tmp_path, whole, mounted, capsys
+):
+    """Checkpoints fill the disk: two tries, then the run ends; with fewer of them kept, it goes on."""
     disk = tmp_path / "disk"
-    mounted(disk, "-t", "tmpfs", "-o", "size=4m", "tmpfs")
+    mounted(disk, "-t", "tmpfs", "-o", "size=2500k", "tmpfs")
     run = disk / "run"
-    path = small.write(tmp_path, content(data, run, max_failed_saves=2))
-    process = small.start(path)
-    wait_for(process, joint(run).candidates)
-    with pytest.raises(OSError, match="No space"), (disk / "filler").open("wb") as filler:
-        while True:
-            filler.write(bytes(4096))
-            filler.flush()
-    code, output = end(process)
-    assert code == 2, output
-    assert "CHECKPOINT NOT WRITTEN" in output
-    assert "No space left on device" in output
-    assert "2 checkpoints in a row (train.max_failed_saves) could not be written" in output
-    assert "the newest checkpoint is step-" in output
+    recipe = content(data, run, keep=20, save_every_steps=1, max_failed_saves=2)
+    with pytest.raises(ValueError, match=r"2 checkpoints in a row \(train.max_failed_saves\)") as caught:
+        train_here(tmp_path, recipe)
+    newest = joint(run).candidates()[0]
+    assert f"could not be written, and the newest checkpoint is {newest.name}" in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    assert " 0 MiB are free there" in str(caught.value)
+    assert "(step 2 of the stage" not in capsys.readouterr().out
+    assert len(joint(run).candidates()) >= 2
     assert all(damage(one) is None for one in joint(run).candidates())
-    (disk / "filler").unlink()
-    code, output = end(small.start(path))
-    assert code == 0, output
-    assert len(small.losses(run)) == len(small.losses(whole))
+    recipe["train"]["keep"] = 1
+    train_here(tmp_path, recipe)
     same_run(whole, run)
 
 
@@ -191,9 +188,7 @@ def test_a_stop_that_cannot_save_says_so(data, tmp_path, mounted, processes):
     code, output = end(process)
     assert "the last checkpoint could not be written, and the newest checkpoint is step-" in output
     assert "Read-only file system" in output
-    assert code == (2 if processes == 1 else 1), output  # torchrun's own code is 1
-    if processes > 1:
-        assert "exitcode: 2" in output.replace(" :", ":")
+    assert code == (2 if processes == 1 else 1), output  # torchrun, which had the signal too, ends with 1
 
 
 @pytest.mark.slow
