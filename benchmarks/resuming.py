@@ -127,17 +127,20 @@ def measure_resume(
 
 
 _OPEN = """
-import json, resource, sys, time
+import json, sys, time
 sys.path.insert(0, "benchmarks")
 import numpy, fsspec
+from pathlib import Path
 from resuming import CountedFiles, counting, rss
 from lclm.data.shards import DataSet
 with counting():
+    Path("/proc/self/clear_refs").write_text("5")
     before, begin = rss(), time.process_time()
     data = DataSet.open(sys.argv[1])
     data.run(data.runs(32) - 1, 32)
     seconds, after = time.process_time() - begin, rss()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 print(json.dumps({"shards": len(data.shards), "samples": data.num_samples, "open, CPU s": seconds,
                   "kept, MB": (after - before) / 1e6, "at most meanwhile, MB": (peak - before) / 1e6}))
 """
@@ -151,7 +154,7 @@ def measure_manifest(source: SourceSettings) -> dict[str, Any]:
 
 
 def rss(pid: int | str = "self", what: str = "Rss") -> int:
-    """Bytes of memory of a process: Rss, or Pss, where shared pages count in parts."""
+    """Bytes of memory of a process, as the kernel counts them: Rss, Private_Dirty and so on."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:"))
 
@@ -167,10 +170,10 @@ def measure_rank(
             next(loader)
         children = [worker.pid for worker in getattr(loader._iterator, "_workers", [])]
         assert len(children) == workers
-        private = [rss(pid, "Pss") for pid in children]
+        private = [rss(pid, "Private_Dirty") for pid in children]
         return {
             "workers": workers, "lanes a rank": data.lanes, "steps": steps,
             "main process, MB": rss(os.getpid()) / 1e6, "of it the loader's, MB": (rss() - before) / 1e6,
-            "background process, MB (its share)": sum(private) / max(1, len(private)) / 1e6,
-            "all background processes, MB": sum(private) / 1e6,
+            "a background process's own, MB": sum(private) / max(1, len(private)) / 1e6,
+            "all background processes' own, MB": sum(private) / 1e6,
         }  # fmt: skip

@@ -66,8 +66,8 @@ RESUME = [
 ]
 MEMORY = [
     "Manifests: opened in a process of their own; what is kept, and the most meanwhile, above the start.",
-    "Ranks: the recipe's loader on the largest of these data; shared pages count in parts (PSS). The main "
-    "process holds the interpreter with torch.",
+    "Ranks: the recipe's loader on the largest of these data. A background process's own memory is what it "
+    "does not share with the main process, which holds the interpreter with torch.",
 ]
 
 
@@ -113,10 +113,10 @@ class Simulation:
         shapes = [
             ("recipe", self.data, self.steps),
             ("recipe, attention: null", self._with(None, replace(pack, attention=None)), 4),
-            ("interleave alone", self._with({"interleave": 1.0}, pack), 4),
-            ("chat and interleave by halves, rows as they demand", self._with(even, self._proposed(even)), 4),
-            ("sft: chat 0.9, reconstruct 0.1", self._with(chat, sft.pack or pack), 4),
-            ("sft, rows as it demands", self._with(chat, self._proposed(chat)), 4),
+            ("interleave alone", self._with({"interleave": 1.0}, pack), 2),
+            ("chat and interleave by halves, rows as they demand", self._with(even, self._proposed(even)), 2),
+            ("sft: chat 0.9, reconstruct 0.1", self._with(chat, sft.pack or pack), 2),
+            ("sft, rows as it demands", self._with(chat, self._proposed(chat)), 2),
         ]
         if self.options.quick:
             shapes = shapes[:2]
@@ -169,13 +169,13 @@ class Simulation:
         rows = []
         for world in self.worlds:
             row: dict[str, Any] = {"ranks": world, "lanes": self.ranks, "first step equal": ""}
-            cursor, some, every = json.loads(state), -(-world // 4), world == self.worlds[-1]
+            cursor, some = json.loads(state), -(-world // 8)
             if world < self.ranks:
                 found = self.fleet(self.data, world, ranks=some).step()
                 row["first step equal"] = str(found.digests.items() <= made[0].digests.items())
                 row["first: lanes compared"] = len(found.digests)
                 self.bar.advance(task)
-            found = self.fleet(self.data, world, ranks=world if every else some, state=cursor).step()
+            found = self.fleet(self.data, world, ranks=some, state=cursor).step()
             row["resumed step equal"] = str(found.digests.items() <= made[1].digests.items())
             row["resumed: lanes compared"] = len(found.digests)
             self.bar.advance(task)
@@ -350,7 +350,7 @@ PARTS: dict[str, Callable[[Simulation], tuple[list[dict[str, Any]], list[str]]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=1024, help="a multiple of 32; as many lanes")
-    parser.add_argument("--steps", type=int, default=4, help="steps of the recipe's balance, settled")
+    parser.add_argument("--steps", type=int, default=3, help="steps of the recipe's balance, settled")
     parser.add_argument("--quick", action="store_true", help="less data, fewer cases")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--name", default="simulate", help="name of the result files")
