@@ -174,6 +174,7 @@ def matrix(data, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize(("a", "b"), [pair for pair in itertools.product(SIZES, SIZES) if pair[0] != pair[1]])
 def test_everything_learns_and_moves(matrix, a, b, zero):
@@ -181,6 +182,7 @@ def test_everything_learns_and_moves(matrix, a, b, zero):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("stage", OTHERS)
 def test_other_stages_move(matrix, stage, zero):
@@ -190,6 +192,7 @@ def test_other_stages_move(matrix, stage, zero):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("zero", ZEROS)
 def test_sizes_agree_with_one_another(matrix, zero):
     for size in (2, 4):
