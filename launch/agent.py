@@ -268,10 +268,10 @@ def launcher(options: argparse.Namespace, keeper: Keeper) -> list[str]:
     """torchrun's own options."""
     command = ["--nproc-per-node", str(options.processes), "--max-restarts", str(options.restarts)]
     command += ["--signals-to-handle", "SIGHUP,SIGQUIT"]
-    if options.local_address:
-        command += ["--local-addr", options.local_address]
     if options.nodes == "1":
         return [*command, "--standalone"]
+    if own := options.local_address or os.environ.get("SLURMD_NODENAME"):
+        command += ["--local-addr", own]
     host, _, port = options.rendezvous.partition(":")
     names = [host, *filter(None, options.hosts.split(","))]
     resolve(names, options.names_timeout)
