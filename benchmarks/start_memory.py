@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--name", default="start_memory", help="name of the result files")
     parser.add_argument("--way", choices=["spread", "whole"], help=argparse.SUPPRESS)
@@ -72,7 +73,7 @@ def main() -> None:
             Path(options.name).write_text(json.dumps(found))
         return
     rows = []
-    for precision in ("fp32", "bf16"):
+    for precision in options.precision:
         for way in ("whole", "spread"):
             out = Path(f"{options.name}.part.json").absolute()
             command = [
