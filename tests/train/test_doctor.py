@@ -59,10 +59,10 @@ def together(verb: str, paths: list[Path], changed: list[dict[str, str]], files:
 
 
 def shim(folder: Path) -> dict[str, str]:
-    """An environment in which another version of fsspec is installed."""
-    info = folder / "fsspec-0.0.1.dist-info"
+    """An environment in which a version of liger-kernel is installed."""
+    info = folder / "liger_kernel-0.0.1.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fsspec\nVersion: 0.0.1\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: liger-kernel\nVersion: 0.0.1\n")
     return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
@@ -77,7 +77,7 @@ def test_the_process_that_differs_is_named_with_what_differs(data, tmp_path):
     assert codes == [2, 2], outputs
     said = " ".join(outputs[0].split())
     process, other = f"process 1 ({host_name()}):", f"process 0 ({host_name()})"
-    assert f"{process} fsspec 0.0.1, {other}" in said
+    assert f"{process} liger-kernel 0.0.1, {other}" in said
     assert f"{process} environment variable NCCL_ALGO Tree, {other} not set" in said
     assert f"{process} seed 4, {other} 3" in said
     assert f"{process} data.lookahead 9, {other} 8" in said
