@@ -267,7 +267,8 @@ class Lifeline:
                 return
 
     def _own_verdict(self, now: float) -> Verdict | None:
-        if self._broken and self.rank and not self._closing.wait(GRACE):
+        left = self._seen[0].place.end is not None  # in order: it has said so
+        if self._broken and self.rank and not left and not self._closing.wait(GRACE):
             return Verdict(
                 LOST,
                 f"{name(0, self._seen[0].place)} is gone, it was last seen at {self._seen[0].place}; the "
@@ -284,7 +285,9 @@ class Lifeline:
         if self.rank == 0 and self._store is not None:
             self._publish(verdict)
         if verdict.code == LOST:
-            self._write_stacks(verdict.text)
+            writing = threading.Thread(target=self._write_stacks, args=(verdict.text,), daemon=True)
+            writing.start()
+            writing.join(2 * BEAT)  # not for ever: the file system may be what hangs
             if self._faults is not None:
                 verdict = Verdict(LOST, f"{verdict.text}\nstacks: {Path(self._faults.name).parent}")
         self.verdict = verdict
