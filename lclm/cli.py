@@ -470,7 +470,8 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(args=[argument for argument in arguments if argument != "--debug"], prog_name="lclm")
     except ends.Requeue as stopped:
-        typer.echo(f"stopped: {stopped}; the same command goes on")
+        reason = str(stopped).partition("\n")[0]  # a library in which a signal was met may have added lines
+        typer.echo(f"stopped: {reason}; the same command goes on")
         end(ends.REQUEUE)
     except ends.Lost as lost:
         show_error(lost)
