@@ -132,7 +132,7 @@ def test_on_cuda_packed_equals_alone_and_sdpa(encoder, directions, name, tiny, r
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
 def test_gradients_of_the_decoder_are_ready_before_the_encoder_is_gone_through(recompute, tiny, rng):
-    """So that engines reduce them meanwhile; each is ready once, however many groups the rows go through in."""
+    """So that engines reduce them meanwhile; each is ready once, in however many groups the rows go."""
     model = tiny.model(max_rows_per_forward=1).train()
     if recompute:
         for part in (model.encoder, model.decoder):
