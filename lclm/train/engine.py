@@ -65,6 +65,7 @@ def deepspeed_config(
     At ZeRO 0 in fp32 the engine neither clips nor looks for non-finite gradients: the guard does both.
     """
     bucket = max(1024, min(settings.bucket_elements, elements))
+    bucket += bucket % 2  # an odd one is refused
     bf16 = settings.precision == "bf16"
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
