@@ -54,6 +54,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add("--hosts", metavar="NAMES", default="", help="all machines' names, by commas: must resolve on each")
     add("--local-address", metavar="NAME", help="this machine, as the others know it (its host name)")
+    add("--doctor", action="store_true", help="run `lclm doctor` in place of `lclm train`: a preflight")
     add("--id", metavar="NAME", help="the same on all machines of a run (the recipe's name)")
     add(
         "--restarts",
@@ -301,7 +302,8 @@ def main() -> int:
         try:
             command = launcher(options, keeper)
             keeper.seen = time.monotonic()
-            code = torchrun([*command, worker, options.recipe, *options.overrides], codes)
+            verb = "doctor" if options.doctor else "train"
+            code = torchrun([*command, worker, verb, options.recipe, *options.overrides], codes)
         except GivenUp as end:
             code, why = end.args
             say(why)

@@ -11,7 +11,7 @@ FINAL = (0, 2, 75, 130)
 
 
 def main() -> None:
-    """Run `lclm train`; an exit code of FINAL is left in $LAUNCH_CODES/LOCAL_RANK, and 0 takes its place."""
+    """Run lclm with the arguments; an exit code of FINAL goes to $LAUNCH_CODES/LOCAL_RANK, and 0 is given."""
     from lclm.cli import main as lclm
     from lclm.train.ends import end
 
@@ -19,7 +19,7 @@ def main() -> None:
     left.unlink(missing_ok=True)
     code: object = 0
     try:
-        lclm(["train", *sys.argv[1:]])
+        lclm(sys.argv[1:])
     except SystemExit as ended:
         code = ended.code or 0
     if code in FINAL:
