@@ -337,7 +337,7 @@ def _latents(model: Any, work: Work, counter: _Counter) -> Tensor:
             inputs["input_ids"] = ids[part]
         else:
             inputs["inputs_embeds"] = embed(ids[part]) + model.block_position(blocks[part])
-        if config.bidirectional or not model._rows.native_causal:
+        if config.bidirectional or not model._rows.native_causal or work.kernel == "eager":
             mask = _mask(encoder.config, work, windows[part], not config.bidirectional, model.dtype)
             inputs |= {"attention_mask": mask, "position_ids": places[part]}
         hidden = encoder(**inputs).last_hidden_state
