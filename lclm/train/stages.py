@@ -149,7 +149,9 @@ def build_engine(
     except ValueError as problem:
         error = str(problem)
     processes.agree(error)
-    prepare(model, stage, recipe.engine.activation_checkpointing)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # LoRA's first weights, too, are a function of the recipe
+        prepare(model, stage, recipe.engine.activation_checkpointing)
     compile_blocks(model, recipe.engine.compile)
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     fingerprint = processes.gather(weights_fingerprint(frozen) if processes.main else "")[0]
