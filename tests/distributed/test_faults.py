@@ -125,6 +125,7 @@ def whole(data, tmp_path_factory):
 # Asked to stop: saved, 75, and the same run in the end.
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, tmp_path, start, whole):
     path, run = recipe(data, tmp_path)
     running = start(training(path))
@@ -217,7 +218,8 @@ def test_a_second_signal_ends_at_once(data, tmp_path, start):
     assert not psutil.wait_procs(workers, timeout=20)[1], "they go on without it"
 
 
-def test_a_second_run_on_the_same_directory_refuses(data, tmp_path, start, monkeypatch):
+@pytest.mark.slow
+def test_a_second_run_on_the_same_directory_refuses(data, tmp_path, start):
     path, run = recipe(data, tmp_path, steps=4000)
     first = start(training(path))
     first.wait_for(lambda: at_step(run, 1))
@@ -291,6 +293,7 @@ def watched(what, folder, who=1):
     return [sys.executable, "-m", "tests.distributed.watched", what, str(folder), str(who)]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_in_c_with_the_lock_held_leaves_its_stack(tmp_path, start):
     running = start(watched("lock", tmp_path), 2)
     assert running.codes() == [LOST, 1]
