@@ -1,4 +1,4 @@
-"""A process on a lifeline, without any training: it enters a phase, and then what its argument says happens.
+"""A process on a lifeline, without any training: it enters a phase, and what its argument says happens.
 
 python -m tests.distributed.watched WHAT FOLDER [WHO]; WHAT happens to process WHO (1), the others wait for it.
 """
