@@ -1,6 +1,6 @@
 """A process on a lifeline, without any training: it enters a phase, and what its argument says happens.
 
-python -m tests.distributed.watched WHAT FOLDER [WHO]; WHAT happens to process WHO (1), the others wait for it.
+python -m tests.distributed.watched WHAT FOLDER [WHO]; WHAT happens to process WHO (1), the others wait.
 """
 
 from __future__ import annotations
