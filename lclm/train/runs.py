@@ -159,7 +159,7 @@ def _check_unchanged(recipe: Any, folder: RunFolder) -> None:
         raise ValueError(f"{folder.path} has a recipe.yaml but no requested.yaml; remove it and start again")
     before = _comparable(recipe.read(folder.requested))
     now = _comparable(recipe)
-    if before != now:
+    if now not in (before, _comparable(recipe.read(folder.recipe))):
         changes = "\n".join(difflib.unified_diff(before, now, "the run", "this recipe", lineterm="", n=0))
         raise ValueError(
             f"{folder.path} holds a run of another recipe; give this one another run_dir, or undo:\n{changes}"
