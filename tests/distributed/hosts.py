@@ -63,6 +63,16 @@ def _install(packages: list[str]) -> None:
             pytest.skip(f"{' '.join(command)}: {done.stderr[-300:]}")
 
 
+def training(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of the processes that a launcher started to train, and that have not ended."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if "worker.py" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 class Host:
     """A network namespace with a host name; what is started in it is ended with it."""
 

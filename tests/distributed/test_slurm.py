@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.hosts import Slurm, need, two_hosts, wait_until
+from tests.distributed.hosts import Slurm, need, training, two_hosts, wait_until
 from tests.distributed.tiny import same_curve, steps_made, tiny
 from tests.end_to_end import small_run as small
 
@@ -49,7 +49,7 @@ def test_before_its_time_limit_a_job_saves_and_goes_back_into_the_queue(data, on
     job = slurm.submit("--nodes=2", "--time=30", "--signal=USR1@120", SCRIPT, str(path), *words)
     wait_until(lambda: steps_made(run) >= 3, 200, slurm.logs)
     # all wait for a process that is stopped, until the limit is near
-    (process,) = [found for found in slurm.hosts[1].inside() if "worker.py" in " ".join(found.cmdline())]
+    (process,) = training(slurm.hosts[1].inside())
     process.suspend()
     minutes = int(slurm.state(job, "RunTime").split(":")[1]) + 2
     slurm.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.hosts import training
 from tests.distributed.tiny import same_curve, steps_made, tiny
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ def launch(path: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 def workers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(launcher.pid).children() if "worker.py" in " ".join(p.cmdline())]
+    return training(psutil.Process(launcher.pid).children())
 
 
 def kill_a_process_at(launcher: subprocess.Popen[bytes], run: Path, steps: int) -> list[int]:
