@@ -87,8 +87,8 @@ def recipe(
 def predict(path: Path, processes: int) -> dict[str, float]:
     """{part: bytes} by the plan."""
     from lclm.recipe import load_recipe
-    from lclm.train.hardware import MACHINES
-    from lclm.train.plan import Cluster, Planner
+    from lclm.train.planning.hardware import MACHINES
+    from lclm.train.planning.plan import Cluster, Planner
 
     cluster = Cluster(MACHINES["cpu"], nodes=1, per_node=processes)
     return dict(Planner(load_recipe(path), cluster).memory("only").parts)
@@ -131,7 +131,7 @@ def child(path: Path) -> None:
 
 def train(loaded: Any, processes: Any) -> None:
     """A few steps on the largest batch; the high-water mark is set back after the first."""
-    from lclm.train.largest import largest_batch
+    from lclm.train.planning.largest import largest_batch
     from lclm.train.stages import build_engine
 
     engine, _ = build_engine(loaded, loaded.stages["only"], None, processes)
@@ -185,8 +185,8 @@ def notes(size: str) -> list[str]:
         f"{vocabulary:,} embeddings, one pack of {positions} positions, all of it used and with loss.",
         "Measured: the most resident memory of a process in steps 2 to 3, less that after a step of a model "
         "of one layer in the same process (interpreter and libraries). The larger of the processes.",
-        "Predicted: `lclm.train.plan` for a CPU, from the recipe alone. Parts are in the JSON file. What the "
-        "engine keeps at ZeRO 0, 1 in bf16 and 2 was put right after first measurements of these cases.",
+        "Predicted: `lclm.train.planning.plan` for a CPU, from the recipe alone. Parts are in the JSON file. "
+        "What the engine keeps at ZeRO 0, 1 in bf16 and 2 was put right after first measurements of these cases.",
     ]
 
 

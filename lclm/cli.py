@@ -114,9 +114,9 @@ def plan(
     if not 0 < efficiency <= 1 or min(network, storage) <= 0:
         raise ValueError("--efficiency must be in (0, 1], --network and --storage above 0")
     loaded = load_recipe(recipe_path, overrides or [])
-    from lclm.train.hardware import find_machine
-    from lclm.train.plan import Cluster, make_plan
-    from lclm.train.plan_page import show, write
+    from lclm.train.planning.hardware import find_machine
+    from lclm.train.planning.page import show, write
+    from lclm.train.planning.plan import Cluster, make_plan
 
     machine = find_machine(gpu, gpu_memory, gpu_tflops)
     rates = (efficiency, network * 1e9 / 8, storage * 1e9)

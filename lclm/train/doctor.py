@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lclm.train.hardware import GIB, MACHINES, Machine
 from lclm.train.lifeline import host_name
+from lclm.train.planning.hardware import GIB, MACHINES, Machine
 from lclm.train.preflight import Checked, check, name
 from lclm.train.processes import Processes
 
@@ -69,7 +69,7 @@ def _lanes(recipe: Any, size: int) -> list[str]:
 
 def host_memory(recipe: Any, processes: Processes, figures: dict[str, str]) -> list[str]:
     """Whether every host can hold the models that its processes build in fp32 at first. Collective."""
-    from lclm.train.plan import Cluster, Planner
+    from lclm.train.planning.plan import Cluster, Planner
 
     needed = 4.0 * sum(Planner(recipe, Cluster(MACHINES["cpu"])).counts.values())
     found = processes.gather((host_name(), available_memory()))
@@ -103,9 +103,9 @@ def try_largest(recipe: Any, processes: Processes, figures: dict[str, str]) -> l
     Of the stage that takes the most memory by plan, from the run's start. Raises ValueError on a process that
     runs out of memory: it cannot tell the others, which wait for it; the launcher ends them.
     """
-    from lclm.train.largest import largest_batch
     from lclm.train.metrics import memory_gib
-    from lclm.train.plan import Cluster, Planner
+    from lclm.train.planning.largest import largest_batch
+    from lclm.train.planning.plan import Cluster, Planner
     from lclm.train.stages import build_engine
 
     stage = ""
@@ -153,8 +153,8 @@ def this_machine(device: torch.device) -> Machine:
 
 def too_large(recipe: Any, stage: str, processes: Processes) -> str:
     """What to say, and to change, where a step does not fit."""
-    from lclm.train.plan import Cluster, Planner
-    from lclm.train.proposals import propose
+    from lclm.train.planning.plan import Cluster, Planner
+    from lclm.train.planning.proposals import propose
 
     machine = this_machine(processes.device)
     planner = Planner(recipe, Cluster(machine, per_node=processes.size))

@@ -247,7 +247,7 @@ def _clocks(processes: Processes, hosts: Sequence[str], figures: dict[str, str])
 
 def _disk(recipe: Any, figures: dict[str, str]) -> list[str]:
     """Whether the run's folder has room for its checkpoints and exports, less what it holds already."""
-    from lclm.train.plan import needed_disk
+    from lclm.train.planning.plan import needed_disk
 
     folder = Path(recipe.run_dir).absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())

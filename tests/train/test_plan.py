@@ -11,11 +11,11 @@ import yaml
 from lclm.cli import main
 from lclm.recipe import load_recipe
 from lclm.train import rehearsal
-from lclm.train.hardware import GIB, MACHINES, Machine, find_machine
-from lclm.train.memory import Engine, Weights, memory
-from lclm.train.plan import Cluster, Planner, make_plan, needed_disk, traffic
-from lclm.train.plan_page import markdown
-from lclm.train.rehearsal import Rehearsed
+from lclm.train.planning.hardware import GIB, MACHINES, Machine, find_machine
+from lclm.train.planning.memory import Engine, Weights, memory
+from lclm.train.planning.page import markdown
+from lclm.train.planning.plan import Cluster, Planner, make_plan, needed_disk, traffic
+from lclm.train.planning.rehearsal import Rehearsed
 from lclm.train.settings import ActivationCheckpointing
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

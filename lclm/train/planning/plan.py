@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lclm.train.filling import Filling, filling
-from lclm.train.hardware import Machine
-from lclm.train.memory import Engine, Memory, Weights, held_gradients, memory, weights_of
-from lclm.train.rehearsal import PARTS, Rehearsed, Work, rehearse
+from lclm.train.planning.filling import Filling, filling
+from lclm.train.planning.hardware import Machine
+from lclm.train.planning.memory import Engine, Memory, Weights, held_gradients, memory, weights_of
+from lclm.train.planning.rehearsal import PARTS, Rehearsed, Work, rehearse
 from lclm.train.settings import ActivationCheckpointing
 
 KEEPS_FOR_DISK = 1
@@ -273,7 +273,7 @@ class Planner:
             checkpoint_bytes(weights, engine),
         )
         if planned.memory.total > cluster.machine.usable:
-            from lclm.train.proposals import propose
+            from lclm.train.planning.proposals import propose
 
             planned.proposal = propose(self, name)
         return planned
@@ -389,7 +389,7 @@ def disk_needed(recipe: Any, counts: dict[str, int], checkpoints: list[float]) -
 
 def needed_disk(recipe: Any, processes: int) -> float:
     """Bytes that the run's folder may take at most. ValueError for a model that cannot be built."""
-    from lclm.train.hardware import MACHINES
+    from lclm.train.planning.hardware import MACHINES
 
     planner = Planner(recipe, Cluster(MACHINES["cpu"], per_node=processes))
     counts = planner.counts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lclm.train.settings import ActivationCheckpointing
 
 if TYPE_CHECKING:
-    from lclm.train.plan import Planner, Proposal
+    from lclm.train.planning.plan import Planner, Proposal
 
 SHAPE = ("positions", "rows", "latents")
 Change = tuple[str, Callable[[Any], None]]
@@ -17,7 +17,7 @@ Change = tuple[str, Callable[[Any], None]]
 
 def propose(planner: Planner, name: str) -> Proposal:
     """The fewest changes found, in the order of what they cost, under which the stage fits."""
-    from lclm.train.plan import Proposal
+    from lclm.train.planning.plan import Proposal
 
     usable = planner.cluster.machine.usable
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lclm.train.rehearsal import Rehearsed
+from lclm.train.planning.rehearsal import Rehearsed
 
 REDUCED_AT_ONCE = 500_000_000
 """Elements that DeepSpeed reduces at once at ZeRO 0."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lclm.train.hardware import GIB
-from lclm.train.plan import Plan, StagePlan
-from lclm.train.rehearsal import PARTS
+from lclm.train.planning.hardware import GIB
+from lclm.train.planning.plan import Plan, StagePlan
+from lclm.train.planning.rehearsal import PARTS
 
 CHOICES = {"none": "none", "decoder": "decoder", "encoder": "encoder", "both": "encoder and decoder"}
 
