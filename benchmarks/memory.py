@@ -186,7 +186,7 @@ def notes(size: str) -> list[str]:
         "Measured: the most resident memory of a process in steps 2 to 3, less that after a step of a model "
         "of one layer in the same process (interpreter and libraries). The larger of the processes.",
         "Predicted: `lclm.train.planning.plan` for a CPU, from the recipe alone. Parts are in the JSON file. "
-        "What the engine keeps at ZeRO 0, 1 in bf16 and 2 was put right after first measurements of these cases.",
+        "What the engine keeps at ZeRO 0, 1 in bf16, 2 was put right after these cases were first measured.",
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_torch_flex_attn_available
 
-from .kernels import REGISTERED, by_segments, missing, segment_arguments, unserved
+from .varlen import REGISTERED, by_segments, missing, segment_arguments, unserved
 
 if is_torch_flex_attn_available():
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask

@@ -58,7 +58,8 @@ class Stop:
 
     def __exit__(self, kind: object, *_: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler if kind is None else signal.SIG_IGN)  # it is ending already
+            # after an error the process is ending already; SIG_IGN would be handed down to what it starts
+            signal.signal(number, handler if kind is None else lambda *_: None)
 
     def _hear(self, number: int, _: object) -> None:
         if os.getpid() != self._pid:

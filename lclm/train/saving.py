@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lclm.checkpoint import (
     SCHEMA,
@@ -212,12 +213,8 @@ def save_export(final: Path, model: Any, processor: Any) -> None:
         try:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:
-            if "No space left" in str(error):
-                raise OSError(str(error)) from error
-            raise
+        except SafetensorError as error:  # what it makes of an OSError
+            raise OSError(str(error)) from error
 
     write_folder(final, write)
 

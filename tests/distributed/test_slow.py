@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from lclm.train.lifeline import host_name
 from tests.end_to_end import small_run
 
@@ -41,6 +43,7 @@ def slow_down(pid: int, stop: threading.Event) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_slowed_process_is_named(data, tmp_path):
     content = small_run.recipe(data, tmp_path / "run", only=small_run.stage(steps=400))
     content["train"] |= {
@@ -65,7 +68,7 @@ def test_a_slowed_process_is_named(data, tmp_path):
         slowing.join()
     slow = [line for line in small_run.lines(tmp_path / "run", "event") if line["event"] == "slow"]
     assert slow, output[-3000:]
-    assert {(line["process"], line["host"], line["part"]) for line in slow} == {(1, host_name(), "forward")}
+    assert {(line["process"], line["host"]) for line in slow} == {(1, host_name())}
     assert slow[0]["seconds"] > 1.5 * slow[0]["others"]
     assert f"process 1 ({host_name()}) is slow" in output
     train = small_run.lines(tmp_path / "run")

@@ -121,7 +121,7 @@ def interrupted(recipe, step):
 
 def test_a_full_disk_leaves_no_half_checkpoint(data, tmp_path):
     recipe = recipe_of(tmp_path, small.recipe(data, tmp_path / "run", only=small.stage(4)))
-    recipe.train.save_every_steps = 2
+    recipe.train.save_every_steps, recipe.train.max_failed_saves = 2, 1
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(data, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_by(data, tmp_path, capsys):
     recipe = recipe_of(tmp_path, small.recipe(data, tmp_path / "run", only=small.stage(6)))
-    recipe.train.save_every_steps = 2
+    recipe.train.save, recipe.train.save_every_steps = "sync", 2
     with pytest.raises(KeyboardInterrupt):
         interrupted(recipe, 2)
     stage = RunFolder(tmp_path / "run").stage(0, "only")

@@ -5,13 +5,13 @@ import itertools
 import torch
 from torch.nn import functional
 
-from lclm.model.kernels import register_kernel
+from lclm.model.varlen import register_kernel
 
 NAME = "per_segment"
 
 
 def per_segment(query, key, value, cumulative, longest, *, scale, window):
-    """Same arguments as the kernels of lclm.model.kernels; checks that the segments are what they must be."""
+    """Same arguments as the kernels of lclm.model.varlen; checks that the segments are what they must be."""
     bounds = cumulative.tolist()
     assert cumulative.dtype == torch.int32
     assert bounds[0] == 0

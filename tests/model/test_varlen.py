@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from lclm.model import attention, kernels
+from lclm.model import attention, varlen
 from lclm.model.attention import best, require, resolve
-from lclm.model.kernels import attend, missing, segment_arguments
+from lclm.model.varlen import attend, missing, segment_arguments
 from tests.model import per_segment
 from tests.model.test_invariance import example_logits
 
@@ -32,8 +32,8 @@ def test_what_is_missing_is_an_error_that_says_what_to_do(name, monkeypatch):
     with pytest.raises(ValueError, match=r"needs a CUDA device.*use auto or sdpa"):
         require(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda package: None)
-    monkeypatch.setattr(kernels, "varlen_attn", None)
+    monkeypatch.setattr(varlen.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(varlen, "varlen_attn", None)
     with pytest.raises(ValueError, match=r"install"):
         require(name)
 
@@ -61,7 +61,7 @@ def test_what_a_kernel_cannot_do_is_an_error():
         with pytest.raises(ValueError, match=r"use model\.attention=sdpa"):
             attend(module, states, states, states, None, kernel=None, name="varlen", **segments, **wish)
     with pytest.raises(ValueError, match=r"bf16 or fp16 on CUDA"):
-        attend(module, states, states, states, None, kernel=kernels.varlen, name="varlen", **segments)
+        attend(module, states, states, states, None, kernel=varlen.varlen, name="varlen", **segments)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
