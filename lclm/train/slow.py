@@ -98,9 +98,9 @@ class Slowness:
     def _slow(self, columns: dict[str, list[float]], step_seconds: float) -> list[Found]:
         """Processes that have now been slower than the others for so many lines; said once, until it ends."""
         found, slow = [], {}
-        for part, words in PARTS.items():
-            for rank, seconds in enumerate(columns.get(part, [])):
-                others = statistics.median(columns[part][:rank] + columns[part][rank + 1 :])
+        for part in (part for part in PARTS if part in columns):
+            others = usual(columns[part])
+            for rank, seconds in enumerate(columns[part]):
                 costs = part == "product" or seconds - others > SHARE * step_seconds
                 if seconds > FACTOR * others and costs:
                     slow[rank, part] = count = self._in_a_row.get((rank, part), 0) + 1
@@ -108,7 +108,7 @@ class Slowness:
                         figures = {"seconds": seconds, "others": others}
                         about = {"process": rank, "host": self._hosts[rank], "part": part, **figures}
                         text = (
-                            f"{self.name(rank)} is slow: {seconds:.3g} s a step {words}, the others "
+                            f"{self.name(rank)} is slow: {seconds:.3g} s a step {PARTS[part]}, the others "
                             f"{others:.3g} s, for {LINES} lines of metrics"
                         )
                         found.append(Found({"event": "slow", **about}, text))
@@ -119,8 +119,8 @@ class Slowness:
         """The longest step since the last line, if it was far longer than steps usually are."""
         seconds = clock.longest["seconds"]
         self._usual = (self._usual + clock.seconds_of_steps)[-50:]
-        usual = statistics.median(self._usual)
-        if seconds < LONG_STEP * usual or seconds - usual < LEAST_LONG or len(self._usual) < 5:
+        typical = statistics.median(self._usual)
+        if seconds < LONG_STEP * typical or seconds - typical < LEAST_LONG or len(self._usual) < 5:
             return []
         number = stage_step - clock.steps + int(clock.longest["step"]) + 1
         excess = {
@@ -131,12 +131,17 @@ class Slowness:
         }
         (rank, part), more = max(excess.items(), key=lambda item: item[1])
         where: dict[str, Any] = {}
-        text = f"step {number:,} took {seconds:.3g} s, usually {usual:.3g} s"
-        if more > (seconds - usual) / 3:
+        text = f"step {number:,} took {seconds:.3g} s, usually {typical:.3g} s"
+        if more > (seconds - typical) / 3:
             where = {"process": rank, "host": self._hosts[rank], "part": part}
             text += f": {self.name(rank)} was {columns[f'longest {part}'][rank]:.3g} s {PARTS[part]}"
         return [
             Found(
-                {"event": "slow_step", "of_step": number, "seconds": seconds, "usual": usual, **where}, text
+                {"event": "slow_step", "of_step": number, "seconds": seconds, "usual": typical, **where}, text
             )
         ]
+
+
+def usual(seconds: list[float]) -> float:
+    """What most processes take: their median; of two, the faster one's."""
+    return statistics.median(seconds) if len(seconds) > 2 else min(seconds)
