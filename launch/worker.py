@@ -12,8 +12,10 @@ FINAL = (0, 2, 75, 130)
 
 def main() -> None:
     """Run lclm with the arguments; an exit code of FINAL goes to $LAUNCH_CODES/LOCAL_RANK, and 0 is given."""
+    from lclm.train.ends import end, end_with_launcher
+
+    end_with_launcher()
     from lclm.cli import main as lclm
-    from lclm.train.ends import end
 
     left = Path(os.environ["LAUNCH_CODES"]) / os.environ["LOCAL_RANK"]
     left.unlink(missing_ok=True)

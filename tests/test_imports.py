@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ALLOWED = {
     "lclm": {"lclm.model"},
-    "lclm.__main__": {"lclm.cli"},
+    "lclm.__main__": {"lclm.cli", "lclm.train.ends"},
     "lclm.settings": set(),
     "lclm.model": set(),
     "lclm.data": {"lclm.settings", "lclm.model.spans", "lclm.model.text"},

@@ -6,6 +6,7 @@ Light: `lclm train` listens to signals before it imports anything heavy.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -19,6 +20,19 @@ was lost or hung, start me again. Any other is a crash."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN_SECONDS = 3.0
 """A launcher may pass on a signal that its processes have had already: only later ones mean "at once"."""
+
+
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def end_with_launcher() -> None:
+    """Let this process be killed when the torchrun that started it is. Linux only.
+
+    Killed, torchrun cannot end its processes: they would go on beside those of the next start, or wait for
+    each other for minutes. So this comes before anything that takes time to import.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 class Requeue(Exception):

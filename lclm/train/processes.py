@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +19,6 @@ from lclm.train.settings import EngineSettings
 
 if TYPE_CHECKING:
     from lclm.train.lifeline import Lifeline
-
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,7 @@ def start_processes(settings: EngineSettings) -> Processes:
     """Join the processes that torchrun (or another launcher) started; alone without its environment."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_launcher()
+    ends.end_with_launcher()
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cuda = torch.cuda.is_available()
@@ -134,10 +128,3 @@ def leave_processes() -> None:
         unable.start()
         dist.destroy_process_group()
         unable.cancel()
-
-
-def end_with_launcher() -> None:
-    """Let this process be killed when torchrun is: killed, torchrun cannot end its processes, and they would
-    go on beside those of the next start. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
