@@ -152,7 +152,8 @@ def half_written(run: Path) -> list[str]:
 
 def train_killed(path: Path, run: Path, outcome: Outcome, kills: int, chance: random.Random) -> None:
     """Train a recipe to its end, killed `kills` times on the way."""
-    kinds = ["saving" if i % 2 == 0 else chance.choice(["stepping", "stepping", "starting"]) for i in range(kills)]
+    others = ["stepping", "stepping", "starting"]
+    kinds = ["saving" if i % 2 == 0 else chance.choice(others) for i in range(kills)]
     while outcome.starts < 4 * kills + 4:
         process = small.start(path, outcome.processes)
         outcome.starts += 1
