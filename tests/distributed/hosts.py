@@ -266,6 +266,7 @@ class Slurm:
     def restart_now(self, job: str) -> None:
         """End the time that SLURM holds a requeued job back."""
         wait_until(lambda: self.state(job) == "PENDING", 90, self.logs)
+        time.sleep(5)  # a node takes what starts within the second of a requeue for what was revoked
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def logs(self) -> str:

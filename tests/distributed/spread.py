@@ -22,6 +22,7 @@ from lclm.train.stages import build_engine, prepare, start_model, start_processo
 def whole(recipe, stage, processes):
     """An engine around a model that every process has built."""
     model = start_model(recipe, None)
+    torch.manual_seed(recipe.seed)  # LoRA's first weights are a function of it
     prepare(model, stage, recipe.engine.activation_checkpointing)
     groups = parameter_groups(components(model), stage.learn, embedding_ids(model))
     options = {
@@ -55,7 +56,7 @@ def main():
     found = {}
     for name, stage in recipe.stages.items():
         for way in ("spread", "whole"):  # as in a run, nothing of DeepSpeed has been used before
-            torch.manual_seed(5)  # LoRA's first weights come from the process's own random state
+            torch.manual_seed(5)
             if way == "whole":
                 engine = whole(recipe, stage, processes)
             else:
