@@ -10,7 +10,7 @@ import yaml
 
 from lclm.cli import main
 from lclm.recipe import load_recipe
-from lclm.train import rehearsal
+from lclm.train.planning import rehearsal
 from lclm.train.planning.hardware import GIB, MACHINES, Machine, find_machine
 from lclm.train.planning.memory import Engine, Weights, memory
 from lclm.train.planning.page import markdown
