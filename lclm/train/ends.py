@@ -26,12 +26,18 @@ _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def end_with_launcher() -> None:
-    """Let this process be killed when the torchrun that started it is. Linux only.
+    """Let this process end with the torchrun that started it, if one did.
 
     Killed, torchrun cannot end its processes: they would go on beside those of the next start, or wait for
     each other for minutes. So this comes before anything that takes time to import.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it ends. Linux only."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 

@@ -10,7 +10,6 @@ It needs no torch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from lclm.checkpoint import (
     sync,
     temporary,
 )
+from lclm.train.ends import end_with_parent
 
 NICENESS = 10
 CHUNK = 4 * 2**20  # bytes
@@ -125,8 +125,7 @@ def serve(parent: int) -> None:
     """Carry out orders until there are no more, or the process `parent` is gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # a scheduler sends them to every process; the training decides
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()
     if os.getppid() != parent:
         return
     os.nice(NICENESS)
