@@ -1,0 +1,83 @@
+"""What identifies a model's weights, part by part, whatever precision they are loaded in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+COMPONENTS = ("encoder", "adapter", "decoder", "brackets")
+_PART = {"block_position": "encoder"}
+_AT_ONCE = 1 << 24
+
+
+class Fingerprint:
+    """SHA-256 of weights, one for each component (the encoder's with the position-in-block embedding).
+
+    Over names, shapes and values rounded to bfloat16, in any order: a checkpoint has the same one in float32
+    and in bfloat16, and a writer can feed it one tensor at a time. A tied tensor is added once, under the
+    decoder's name, as a checkpoint file holds it.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, dict[str, str]] = {component: {} for component in COMPONENTS}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A tensor of the model's state dict (`encoder.layers.0...`). ValueError for a name of no component,
+        one that was added before, and a tensor without values (on the meta device)."""
+        part = name.partition(".")[0]
+        tensors = self._tensors.get(_PART.get(part, part))
+        if tensors is None:
+            raise ValueError(f"{name!r} is no weight of an LCLM: it starts with none of {COMPONENTS}")
+        if name in tensors:
+            raise ValueError(f"{name!r} was added to the fingerprint twice")
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} is on the meta device and has no values; load the weights first")
+        tensors[name] = _digest(name, tensor)
+
+    def digests(self) -> dict[str, str]:
+        """{component: SHA-256 in hex}, of what was added so far."""
+        return {
+            component: hashlib.sha256("".join(tensors[name] for name in sorted(tensors)).encode()).hexdigest()
+            for component, tensors in self._tensors.items()
+        }
+
+
+def fingerprints(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+    """The fingerprint of each component of an LCLM.
+
+    state_dict: the weights if they are not in the model (gathered from a sharded engine, read from a file one
+    by one); of tied ones, one is enough. ValueError when it lacks some.
+    """
+    found = Fingerprint()
+    for name, same, value in _stored(model):
+        if state_dict is not None:
+            given = next((other for other in same if other in state_dict), None)
+            if given is None:
+                raise ValueError(f"the weights lack {name!r}")
+            value = state_dict[given]
+        found.add(name, value)
+    return found.digests()
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, list[str], Tensor]]:
+    """(name that counts, all names, value) of every tensor of a model, each once: the decoder's name if it
+    has one."""
+    values: dict[int, Tensor] = {}
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        values[id(value)] = value
+        names.setdefault(id(value), []).append(name)
+    for number, same in names.items():
+        yield next((name for name in same if name.startswith("decoder.")), same[0]), same, values[number]
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)}\n".encode())
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, len(flat), _AT_ONCE):
+        part = flat[start : start + _AT_ONCE].to(torch.bfloat16).cpu().contiguous()
+        digest.update(memoryview(part.view(torch.uint8).numpy()))
+    return digest.hexdigest()
