@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -73,13 +74,12 @@ def released_config(folder: Path) -> LCLMConfig:
     settings = read_settings(folder)
     if settings["adapter"] == "mlp":
         settings["adapter_layers"] = 0
-    shapes = _adapter_weights(folder)
     decoder_tokenizer, encoder_tokenizer = released_tokenizers(folder)
     ids: dict[str, Any] = token_ids(decoder_tokenizer, encoder_tokenizer)
     return LCLMConfig(
         encoder_config=AutoConfig.from_pretrained(folder / "encoder"),
         decoder_config=AutoConfig.from_pretrained(folder / "decoder"),
-        adapter_hidden=shapes["fc1.weight"].shape[0],
+        adapter_hidden=_adapter_hidden(folder),
         **settings,
         **ids,
     )
@@ -113,48 +113,58 @@ def _pad_id(tokenizer: Any) -> int:
     raise ValueError("the tokenizer has neither a pad nor an end-of-sequence token; set tokenizer.pad_token")
 
 
-def _adapter_weights(folder: Path) -> dict[str, Tensor]:
+def _adapter_hidden(folder: Path) -> int:
+    """The width inside the adapter's MLP, from the header of its file."""
     path = folder / ADAPTER
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return int(file.get_slice("fc1.weight").get_shape()[0])
     except Exception as error:
         raise ValueError(f"cannot read the adapter {path}: {error}") from error
 
 
-def from_released(cls: Any, folder: Path, *args: Any, **kwargs: Any) -> LCLMForConditionalGeneration:
-    """Build a model from the released layout. kwargs: dtype, attn_implementation, device_map as in
-    transformers."""
+def from_released(
+    cls: Any, folder: Path, *args: Any, encoder: bool = True, **kwargs: Any
+) -> LCLMForConditionalGeneration:
+    """Build a model from the released layout, without encoder and adapter if encoder is False. kwargs: dtype,
+    attn_implementation, device_map as in transformers."""
     load = {name: kwargs[name] for name in _LOAD if name in kwargs}
     if "torch_dtype" in kwargs:
         load.setdefault("dtype", kwargs["torch_dtype"])
     load.setdefault("attn_implementation", resolve("auto"))
-    encoder = AutoModel.from_pretrained(folder / "encoder", **load)
+    config = kwargs.get("config") or released_config(folder)
+    read = AutoModel.from_pretrained(folder / "encoder", **load) if encoder else None
     decoder = AutoModelForCausalLM.from_pretrained(folder / "decoder", **load)
-    model = assemble(cls, kwargs.get("config") or released_config(folder), encoder, decoder)
-    weights = _adapter_weights(folder)
+    model = assemble(cls, config, read, decoder)
+    if encoder:
+        _read_adapter(model, folder)
+    return model.eval()
+
+
+def _read_adapter(model: LCLMForConditionalGeneration, folder: Path) -> None:
     try:
-        model.adapter.load_state_dict(weights)
+        model.adapter.load_state_dict(load_file(folder / ADAPTER))
     except RuntimeError as error:
         raise ValueError(
             f"the adapter {folder / ADAPTER} does not fit {folder / SETTINGS}: {error}"
         ) from error
-    return model.eval()
 
 
-def assemble(cls: Any, config: LCLMConfig, encoder: Any, decoder: Any) -> LCLMForConditionalGeneration:
-    """A model around a loaded encoder and decoder; the brackets start as the decoder's embeddings of the
-    marks."""
-    config.encoder_config, config.decoder_config = encoder.config, decoder.config
+def assemble(cls: Any, config: LCLMConfig, encoder: Any | None, decoder: Any) -> LCLMForConditionalGeneration:
+    """A model around a loaded encoder (None: without one) and decoder; the brackets start as the decoder's
+    embeddings of the marks."""
+    config.decoder_config = decoder.config
     config._attn_implementation_internal = decoder.config._attn_implementation
+    if encoder is not None:
+        config.encoder_config = encoder.config
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None
     with torch.device("meta"):
-        model = cls(config)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
+        model = cls(config, encoder=encoder is not None)
     table = decoder.get_input_embeddings().weight
-    model.adapter.to_empty(device=table.device).to(table.dtype)
-    model.brackets.to_empty(device=table.device).to(table.dtype)
-    if model.block_position is not None:
-        model.block_position.to_empty(device=table.device).to(table.dtype)
+    for part in (model.adapter, model.brackets, model.block_position):
+        if part is not None:
+            part.to_empty(device=table.device).to(table.dtype)
     model.encoder, model.decoder = encoder, decoder
     model.config.dtype = table.dtype
     with torch.no_grad():

@@ -66,11 +66,31 @@ class BlockPosition(nn.Module):
         return functional.embedding(place, functional.pad(self.weight, (0, 0, 0, 1)))
 
 
+def _encoder(config: LCLMConfig) -> nn.Module:
+    encoder = AutoModel.from_config(config.encoder_config)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return encoder
+
+
+def _adapter(config: LCLMConfig) -> Adapter:
+    width = config.decoder_config.hidden_size
+    hidden = config.adapter_hidden or width * (2 if config.adapter_init == "identity" else 1)
+    inputs = config.encoder_config.hidden_size * (config.ratio if config.pooling == "concat" else 1)
+    return Adapter(config.adapter, inputs, width, hidden, config.adapter_layers)
+
+
+def _block_position(config: LCLMConfig) -> BlockPosition | None:
+    if not config.position_in_block:
+        return None
+    return BlockPosition(max(config.ratios), config.encoder_config.hidden_size)
+
+
 class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, GenerationMixin):
     """An encoder turns blocks of memory tokens into latents; the decoder reads them in place of the tokens.
 
     Encoder and decoder are whole transformers models (`encoder`, `decoder`); `adapter` and `brackets` join
-    them.
+    them. With encoder=False there are neither encoder nor adapter: it reads latents that were made before.
     """
 
     config_class = LCLMConfig
@@ -81,22 +101,20 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: LCLMConfig) -> None:
+    def __init__(self, config: LCLMConfig, encoder: bool = True) -> None:
         super().__init__(config)
         config.check()
-        self.encoder = AutoModel.from_config(config.encoder_config)
-        if getattr(self.encoder, "pooler", None) is not None:
-            self.encoder.pooler = None
+        self.encoder: Any = _encoder(config) if encoder else None
         self.decoder = AutoModelForCausalLM.from_config(config.decoder_config)
-        encoder_width, width = config.encoder_config.hidden_size, config.decoder_config.hidden_size
-        hidden = config.adapter_hidden or width * (2 if config.adapter_init == "identity" else 1)
-        inputs = encoder_width * (config.ratio if config.pooling == "concat" else 1)
-        self.adapter = Adapter(config.adapter, inputs, width, hidden, config.adapter_layers)
-        self.brackets = Brackets(config.memory_start_id, config.memory_end_id, width)
-        places = max(config.ratios)
-        self.block_position = BlockPosition(places, encoder_width) if config.position_in_block else None
-        self._rows = RowEncoder(self.encoder, config)
-        if config.tie_word_embeddings:
+        self.adapter: Any = _adapter(config) if encoder else None
+        self.brackets = Brackets(
+            config.memory_start_id, config.memory_end_id, config.decoder_config.hidden_size
+        )
+        self.block_position = _block_position(config) if encoder else None
+        self._rows: Any = RowEncoder(self.encoder, config) if encoder else None
+        if not encoder:
+            self._keys_to_ignore_on_load_unexpected = {r"^(encoder|adapter|block_position)\."}
+        elif config.tie_word_embeddings:
             self._tied_weights_keys = {self._embedding_name("encoder"): self._embedding_name("decoder")}
         self.post_init()
 
@@ -135,8 +153,13 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
     ) -> Tensor:
         """Latents [M, K] of encoder rows (int64 [E, R]).
 
-        num_latents: M; None: the sum of memory_sizes, at least 1.
+        num_latents: M; None: the sum of memory_sizes, at least 1. ValueError if loaded with encoder=False.
         """
+        if self.encoder is None:
+            raise ValueError(
+                "this model was loaded with encoder=False and cannot compress text: give it latents made "
+                "before, or load it without encoder=False"
+            )
         if num_latents is None:
             known = memory_sizes.sum() if memory_sizes is not None else block_index.max() + 1
             num_latents = max(int(known), 1)
@@ -258,7 +281,11 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a native or released checkpoint from a folder or the Hub. Arguments as in transformers."""
+        """Load a native or released checkpoint from a folder or the Hub.
+
+        encoder=False: neither encoder nor adapter are built or read, for latents that were made before. All
+        other arguments as in transformers.
+        """
         if folder := released_folder(pretrained_model_name_or_path, **kwargs):
             return from_released(cls, folder, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -271,6 +298,8 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
 
     def save_pretrained(self, save_directory: Any, *args: Any, layout: str = "native", **kwargs: Any) -> None:
         """Save as one transformers checkpoint ("native") or in three folders ("released")."""
+        if self.encoder is None:
+            raise ValueError("this model was loaded with encoder=False; load it whole to save it")
         if layout == "native":
             return super().save_pretrained(save_directory, *args, **kwargs)
         if layout != "released":

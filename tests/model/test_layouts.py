@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,8 +15,6 @@ FIXTURE = Path(__file__).parents[1] / "conformance" / "fixtures" / "mean-4x"
 
 
 def logits(model, tiny, rng_seed=0):
-    import numpy as np
-
     example = tiny.example([("text", 3), ("memory", 21), ("text", 4)], np.random.default_rng(rng_seed))
     arrays = tiny.lay_out([[example]], model)
     with torch.no_grad():
@@ -91,6 +90,53 @@ def test_state_dict_of_a_sharded_engine_can_be_given(tiny, tmp_path):
             weights["decoder.model.layers.0.mlp.up_proj.weight"],
         )
         assert torch.equal(again["brackets.weight"], weights["brackets.weight"])
+
+
+@pytest.mark.parametrize("choice", [{}, {"encoder": "tied", "tie_word_embeddings": True}], ids=str)
+def test_without_the_encoder_what_remains_is_the_same(choice, tiny, tmp_path, caplog):
+    model = tiny.model(position_in_block=True, **choice)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    reader = LCLMForConditionalGeneration.from_pretrained(tmp_path, encoder=False)
+    assert "encoder" not in caplog.text
+    check_reader(reader, model, tiny.lay_out([[tiny.example([("text", 3), ("memory", 21)], rng())]], model))
+
+
+def test_without_the_encoder_released(tmp_path):
+    shutil.copytree(FIXTURE, tmp_path / "checkpoint")
+    for weights in ("encoder/model.safetensors", "adapter/adapter.safetensors"):
+        spoil(tmp_path / "checkpoint" / weights)
+    reader = LCLMForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", encoder=False)
+    arrays = LCLMProcessor.from_pretrained(FIXTURE)(text="<|memory_start|>ab<|memory_end|>c")
+    check_reader(reader, LCLMForConditionalGeneration.from_pretrained(FIXTURE), arrays)
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def spoil(path):
+    """Everything after the header of a safetensors file becomes other numbers."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start:] = b"\xff" * (len(content) - start)
+    path.write_bytes(content)
+
+
+def check_reader(reader, model, arrays):
+    whole = model.state_dict()
+    kept = {name for name in whole if name.startswith(("decoder.", "brackets."))}
+    assert set(reader.state_dict()) == kept
+    assert all(torch.equal(value, whole[name]) for name, value in reader.state_dict().items())
+    names = ("input_ids", "latent_index", "position_ids")
+    encoder = ("encoder_input_ids", "encoder_position_ids", "encoder_window_ids", "block_index")
+    with torch.no_grad():
+        latents = model.encode(*(arrays[name] for name in encoder), arrays["memory_sizes"])
+        read = {name: arrays[name] for name in names} | {"latents": latents}
+        assert torch.equal(reader(**read).logits, model(**read).logits)
+    with pytest.raises(ValueError, match="loaded with encoder=False"):
+        reader.encode(*(arrays[name] for name in encoder), arrays["memory_sizes"])
+    with pytest.raises(ValueError, match="load it whole to save it"):
+        reader.save_pretrained("unused")
 
 
 def test_dtype_and_attention_reach_both_parts():
