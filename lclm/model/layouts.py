@@ -187,14 +187,7 @@ def save_released(
     state_dict: the model's weights if they are not in it (gathered from a sharded engine). The tokenizers are
     written by the processor. ValueError for what the layout cannot hold.
     """
-    config = model.config
-    if config.tie_word_embeddings:
-        raise ValueError(
-            "the released layout cannot hold embeddings shared between encoder and decoder (tie_embeddings); "
-            "save with layout='native'"
-        )
-    if config.position_in_block:
-        raise ValueError("the released layout has no place for position_in_block; save with layout='native'")
+    settings = released_settings(model.config)
     folder = Path(save_directory)
     weights = model.state_dict() if state_dict is None else state_dict
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "adapter": {}, "brackets": {}}
@@ -207,6 +200,18 @@ def save_released(
     model.decoder.save_pretrained(folder / "decoder", state_dict=parts["decoder"], **kwargs)
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in parts["adapter"].items()}, folder / ADAPTER)
+    write_settings(folder, settings)
+
+
+def released_settings(config: LCLMConfig) -> dict[str, Any]:
+    """What model_config.json says; ValueError for a model that the layout cannot hold."""
+    if config.tie_word_embeddings:
+        raise ValueError(
+            "the released layout cannot hold embeddings shared between encoder and decoder (tie_embeddings); "
+            "save with layout='native'"
+        )
+    if config.position_in_block:
+        raise ValueError("the released layout has no place for position_in_block; save with layout='native'")
     settings = {
         "compression_ratio": config.ratio,
         "encoder_window_size": config.window,
@@ -217,6 +222,11 @@ def save_released(
     }
     if config.adapter_layers:
         settings["num_adapter_layers"] = config.adapter_layers
+    return settings
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Make `folder` a checkpoint in the released layout: model_config.json, and no config.json."""
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "config.json").unlink(missing_ok=True)
 
