@@ -21,13 +21,15 @@ class Piece:
     """A part of a rendered conversation, in order.
 
     kind: "template" (the template's own text, trusted), "text" or "memory" (content). loss: on content, its
-    tokens bear loss; on template text, its end-of-turn token does.
+    tokens bear loss; on template text, its end-of-turn token does. sizes: latents of each memory of an
+    artifact, which has no text.
     """
 
     kind: Literal["template", "text", "memory"]
     text: str
     loss: bool = False
     ratio: int | None = None
+    sizes: tuple[int, ...] = ()
 
 
 def parts_of(message: dict[str, Any], number: int) -> list[Piece]:
@@ -58,6 +60,8 @@ def _part(part: Any, where: str, loss: bool) -> Piece:
             f"{where} must be {{'type': 'text' | 'memory', 'text': ...}}, got {str(part)[:80]!r}"
         )
     memory = part["type"] == "memory"
+    if memory and "artifact" in part:
+        return _artifact(part, where)
     if unknown := sorted(set(part) - {"type", "text"} - ({"ratio"} if memory else set())):
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}")
     if not isinstance(part.get("text"), str):
@@ -70,6 +74,20 @@ def _part(part: Any, where: str, loss: bool) -> Piece:
     if not part["text"]:
         raise ValueError(f"{where} is an empty memory: there is nothing to compress; leave the part out")
     return Piece("memory", part["text"], ratio=ratio)
+
+
+def _artifact(part: dict[str, Any], where: str) -> Piece:
+    if unknown := sorted(set(part) - {"type", "artifact"}):
+        raise ValueError(
+            f"{where} has {unknown[0]!r} beside an artifact, which has its text and ratio behind it"
+        )
+    sizes = getattr(part["artifact"], "sizes", None)
+    if not isinstance(sizes, tuple):
+        raise ValueError(
+            f"{where} has a {type(part['artifact']).__name__} as its artifact; give what model.compress or "
+            "Artifact.load returns"
+        )
+    return Piece("memory", "", sizes=sizes)
 
 
 def render(

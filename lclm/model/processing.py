@@ -103,7 +103,8 @@ class LCLMProcessor(ProcessorMixin):
         SpanTokenizer.conversation.
 
         Text in a part never becomes a control or memory token, whatever it contains. With return_labels,
-        assistant content and its end-of-turn token are labelled.
+        assistant content and its end-of-turn token are labelled. Artifacts go to
+        `model.generate(**arrays, memories=[artifact, ...])` in their order.
         """
         if not tokenize or not return_dict:
             raise ValueError(

@@ -25,18 +25,23 @@ class Span:
     ids: int32 [T], T >= 1; the decoder's ids for text, the encoder's ids for memory.
     loss: whether the tokens of a text span bear loss; memory never does.
     ratio: tokens per latent of a memory span; None means the geometry's.
+    latents: of a memory that is ready (compressed before, in an artifact): how many it has; its ids are
+    empty.
     """
 
     kind: Literal["text", "memory"]
     ids: np.ndarray
     loss: bool = False
     ratio: int | None = None
+    latents: int | None = None
 
     def __post_init__(self) -> None:
         ids = np.asarray(self.ids, dtype=np.int32)
         if self.kind not in ("text", "memory"):
             raise ValueError(f"Span.kind is {self.kind!r}; it must be 'text' or 'memory'")
-        if ids.ndim != 1 or ids.size == 0:
+        if self.latents is not None:
+            self._check_ready(ids, self.latents)
+        elif ids.ndim != 1 or ids.size == 0:
             raise ValueError(
                 f"a {self.kind} span needs at least one token id in one dimension, got {ids.shape}"
             )
@@ -45,6 +50,18 @@ class Span:
         if self.kind == "text" and self.ratio is not None:
             raise ValueError("a text span has no ratio; only memory is compressed")
         object.__setattr__(self, "ids", ids)
+
+    @classmethod
+    def ready(cls, latents: int) -> Span:
+        """A memory whose `latents` latents are there already."""
+        return cls("memory", np.zeros(0, np.int32), latents=latents)
+
+    def _check_ready(self, ids: np.ndarray, latents: int) -> None:
+        if self.kind != "memory" or ids.size or self.ratio is not None or latents < 1:
+            raise ValueError(
+                f"a span that is ready is a memory of at least one latent, without ids and ratio; got "
+                f"kind {self.kind!r}, {ids.size} ids, ratio {self.ratio}, {latents} latents"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +176,7 @@ class Geometry:
                 positions += len(span.ids)
                 continue
             ratio = self.span_ratio(span)
-            count = self.latents(len(span.ids), ratio)
+            count = span.latents or self.latents(len(span.ids), ratio)
             positions += count + 2
             latents += count
             windows.extend(self.windows(len(span.ids), ratio).tolist())
@@ -198,35 +215,47 @@ def rows_needed(lengths: Sequence[int], row_length: int) -> int:
     return fill_rows(lengths, row_length)[2]
 
 
-@dataclass
-class _Window:
-    """One window on its way into a row: token ids and the latent of each (-1: not pooled)."""
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One window of a memory, as it goes into a row.
+
+    ids: its row tokens, overlap and markers included. blocks: int64, the latent of each (-1: not pooled).
+    """
 
     ids: np.ndarray
     blocks: np.ndarray
+
+
+def cut(ids: np.ndarray, geometry: Geometry, ratio: int | None = None, first: int = 0) -> list[Window]:
+    """The windows of a memory of tokens `ids`, whose first latent has the number `first`."""
+    ratio = ratio or geometry.ratio
+    starts = range(0, len(ids), geometry.window)
+    return [
+        _cut(ids, start, min(start + geometry.window, len(ids)), ratio, first, geometry) for start in starts
+    ]
 
 
 @dataclass
 class _Memories:
     """The windows and sizes of all memories of a batch, in order of appearance."""
 
-    windows: list[_Window] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    ready: list[bool] = field(default_factory=list)
     latents: int = 0
 
     def add(self, span: Span, geometry: Geometry) -> tuple[int, int]:
         """Cut a memory span into windows; returns (its first latent, how many)."""
-        ratio, tokens, first = geometry.span_ratio(span), len(span.ids), self.latents
-        count = geometry.latents(tokens, ratio)
-        for start in range(0, tokens, geometry.window):
-            stop = min(start + geometry.window, tokens)
-            self.windows.append(_cut(span.ids, start, stop, ratio, first, geometry))
+        ratio, first = geometry.span_ratio(span), self.latents
+        count = span.latents or geometry.latents(len(span.ids), ratio)
+        self.windows += cut(span.ids, geometry, ratio, first)
         self.sizes.append(count)
+        self.ready.append(span.latents is not None)
         self.latents += count
         return first, count
 
 
-def _cut(ids: np.ndarray, start: int, stop: int, ratio: int, first: int, geometry: Geometry) -> _Window:
+def _cut(ids: np.ndarray, start: int, stop: int, ratio: int, first: int, geometry: Geometry) -> Window:
     low = max(0, start - geometry.overlap)
     high = min(len(ids), stop + geometry.overlap) if geometry.bidirectional else stop
     text = ids[low:high]
@@ -234,14 +263,18 @@ def _cut(ids: np.ndarray, start: int, stop: int, ratio: int, first: int, geometr
         markers = -(-(stop - start) // ratio)
         blocks = np.full(len(text) + markers, -1, np.int64)
         blocks[len(text) :] = np.arange(markers) + (first + start // ratio)
-        return _Window(np.append(text, np.full(markers, geometry.encoder_marker_id, text.dtype)), blocks)
+        return Window(np.append(text, np.full(markers, geometry.encoder_marker_id, text.dtype)), blocks)
     blocks = np.full(len(text), -1, np.int64)
     blocks[start - low : stop - low] = np.arange(start, stop) // ratio + first
-    return _Window(text, blocks)
+    return Window(text, blocks)
 
 
-def _lay_out_encoder(memories: _Memories, geometry: Geometry, budget: int | None) -> dict[str, np.ndarray]:
-    lengths = [len(window.ids) for window in memories.windows]
+def lay_out_windows(
+    windows: Sequence[Window], geometry: Geometry, budget: int | None = None
+) -> dict[str, np.ndarray]:
+    """The encoder's arrays of `windows`: encoder_input_ids, encoder_position_ids, encoder_window_ids,
+    block_index, int64 [E, R]; E is `budget` if given, else as many rows as it takes."""
+    lengths = [len(window.ids) for window in windows]
     rows, offsets, used = fill_rows(lengths, geometry.row_length)
     row_length = geometry.row_length
     if budget is None:
@@ -255,7 +288,7 @@ def _lay_out_encoder(memories: _Memories, geometry: Geometry, budget: int | None
     window_ids = np.full(shape, -1, np.int64)
     blocks = np.full(shape, -1, np.int64)
     ends = np.zeros(shape[0], np.int64)
-    for number, (window, row, offset) in enumerate(zip(memories.windows, rows, offsets, strict=True)):
+    for number, (window, row, offset) in enumerate(zip(windows, rows, offsets, strict=True)):
         end = offset + len(window.ids)
         ids[row, offset:end] = window.ids
         positions[row, offset:end] = np.arange(len(window.ids))
@@ -318,7 +351,8 @@ def lay_out(
     Returns input_ids, position_ids (from 0 for each example and for the padding), labels (the token at its
     own position, -100 without loss), latent_index (-1 for text), attention_mask (1 for real tokens): [B, D];
     encoder_input_ids, encoder_position_ids, encoder_window_ids (-1 padding), block_index (latent of each
-    token, -1 not pooled): [E, R]; memory_sizes [n]: latents per memory, in order of appearance.
+    token, -1 not pooled): [E, R]; memory_sizes [n]: latents per memory, in order of appearance; and where
+    some memories are ready, memory_ready [n]: 1 for those, whose latents no encoder row makes.
 
     positions, encoder_rows, latents are the fixed budgets D, E, M: arrays are padded to them (memory_sizes
     with zeros to length M) and more is a ValueError. None means as large as needed; rows are then no longer
@@ -350,12 +384,15 @@ def lay_out(
         arrays["labels"][row, real] = labels
         arrays["latent_index"][row, real] = index
         arrays["attention_mask"][row, real] = 1
-    arrays.update(_lay_out_encoder(memories, geometry, encoder_rows))
+    arrays.update(lay_out_windows(memories.windows, geometry, encoder_rows))
     if latents is not None and memories.latents > latents:
         raise ValueError(f"the memories make {memories.latents} latents, over the budget of {latents}")
     sizes = np.zeros(len(memories.sizes) if latents is None else latents, np.int64)
     sizes[: len(memories.sizes)] = memories.sizes
     arrays["memory_sizes"] = sizes
+    if any(memories.ready):
+        arrays["memory_ready"] = np.zeros(len(sizes), np.int64)
+        arrays["memory_ready"][: len(memories.ready)] = memories.ready
     return arrays
 
 
@@ -369,6 +406,8 @@ def collate(packs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     latents = np.cumsum([0] + [int(pack["memory_sizes"].sum()) for pack in packs])
     windows = np.cumsum([0] + [int(pack["encoder_window_ids"].max(initial=-1)) + 1 for pack in packs])
     offsets = {"latent_index": latents, "block_index": latents, "encoder_window_ids": windows}
+    if any("memory_ready" in pack for pack in packs):
+        packs = [{"memory_ready": np.zeros_like(pack["memory_sizes"]), **pack} for pack in packs]
     batch = {}
     for name in packs[0]:
         parts = [pack[name] for pack in packs]

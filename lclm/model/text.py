@@ -88,12 +88,22 @@ class ContentTokenizer:
 
         A start is -1 where the token begins inside a character, so that no cut can be made before it.
         """
-        encoding = self._encode(text)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        ids, offsets = self._offsets(text)
         starts = offsets[:, 0].copy()
         inside = offsets[1:, 0] < np.maximum.accumulate(offsets[:, 1])[:-1]
         starts[1:][inside] = -1
-        return np.array(encoding.ids, dtype=np.int32), starts
+        return ids, starts
+
+    def encode_with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [T] and the character of `text` that each token starts at or in, int64 [T], never
+        falling."""
+        ids, offsets = self._offsets(text)
+        return ids, np.minimum(np.maximum.accumulate(offsets[:, 0]), max(len(text) - 1, 0))
+
+    def _offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._encode(text)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int32), offsets
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of content ids; ids that content cannot hold (added tokens) read as nothing."""
@@ -241,8 +251,9 @@ class SpanTokenizer:
         """Spans of chat messages, through the tokenizer's chat template.
 
         Messages: {"role", "content"}, content a str or parts {"type": "text", "text"} and
-        {"type": "memory", "text", "ratio"?}. Assistant content and its end-of-turn token bear loss. `ratio`
-        is for memory parts that name none. template_options go to the template.
+        {"type": "memory", "text", "ratio"?} or {"type": "memory", "artifact"}, which gives one memory for
+        each of the artifact. Assistant content and its end-of-turn token bear loss. `ratio` is for memory
+        parts that name none. template_options go to the template.
         """
         spans: list[Span] = []
         if len(self._shapes) > _MOST_KNOWN or len(self._template_spans) > _MOST_KNOWN:
@@ -253,6 +264,8 @@ class SpanTokenizer:
         return _join(spans)
 
     def _piece(self, piece: Piece, ratio: int | None) -> list[Span]:
+        if piece.sizes:
+            return [Span.ready(size) for size in piece.sizes]
         if piece.kind == "memory":
             return [self.memory(piece.text, piece.ratio or ratio)]
         if piece.kind == "text":
