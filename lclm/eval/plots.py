@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,23 @@ class Plot:
 
 def draw_all(record: RunRecord) -> list[Plot]:
     """Every plot that the run has figures for, in the report's order."""
+    return [Plot(name, section, caption, _svg(figure)) for name, section, figure, caption in _drawn(record)]
+
+
+def draw_png(record: RunRecord, names: Container[str]) -> list[tuple[str, str, bytes]]:
+    """(name, caption, PNG file) of the plots of these names, the same bytes every time."""
+    found = []
+    for name, _, figure, caption in _drawn(record, names):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        found.append((name, caption, buffer.getvalue()))
+    return found
+
+
+def _drawn(
+    record: RunRecord, names: Container[str] | None = None
+) -> Iterator[tuple[str, str, Figure, str]]:
+    """(name, section, figure, caption) of the plots that the run has figures for."""
     specs: list[tuple[str, str, Callable[[RunRecord], tuple[Figure, str] | None]]] = [
         ("saved", "memory", saved_over_steps),
         ("continuation", "memory", continuation_now),
@@ -60,13 +77,12 @@ def draw_all(record: RunRecord) -> list[Plot]:
         ("waste", "training", waste),
         ("device", "training", device),
     ]
-    plots = []
     for name, section, draw in specs:
-        with rc_context(STYLE):
-            drawn = draw(record)
-            if drawn is not None:
-                plots.append(Plot(name, section, drawn[1], _svg(drawn[0])))
-    return plots
+        if names is None or name in names:
+            with rc_context(STYLE):
+                drawn = draw(record)
+                if drawn is not None:
+                    yield name, section, *drawn
 
 
 def _svg(figure: Figure) -> str:
