@@ -16,9 +16,11 @@ from .adapter import Adapter
 from .attention import attention_arguments, segments
 from .configuration import LCLMConfig
 from .encoder import RowEncoder
+from .fingerprint import fingerprints
 from .generation import MemoryGeneration
 from .layouts import from_released, released_config, released_folder, save_released
 from .loss import next_token_loss, scale_logits
+from .native import complete
 from .pooling import place_in_block
 
 
@@ -296,12 +298,24 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         folder = released_folder(name_or_path)
         return released_config(folder) if folder else LCLMConfig.from_pretrained(name_or_path)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, layout: str = "native", **kwargs: Any) -> None:
-        """Save as one transformers checkpoint ("native") or in three folders ("released")."""
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *args: Any,
+        layout: str = "native",
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as one transformers checkpoint ("native") or in three folders ("released").
+
+        A native one carries the code that loads it, and fingerprints of its weights. state_dict: the weights
+        if they are not in the model (gathered from a sharded engine).
+        """
         if self.encoder is None:
             raise ValueError("this model was loaded with encoder=False; load it whole to save it")
         if layout == "native":
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            complete(self.config, fingerprints(self, state_dict))
+            return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if layout != "released":
             raise ValueError(f"layout is {layout!r}; it must be 'native' or 'released'")
-        return save_released(self, save_directory, *args, **kwargs)
+        return save_released(self, save_directory, *args, state_dict=state_dict, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,8 @@ class LCLMProcessor(ProcessorMixin):
     ) -> None:
         if tokenizer is None or encoder_tokenizer is None or geometry is None:
             raise ValueError("LCLMProcessor needs tokenizer, encoder_tokenizer and geometry")
+        if encoder_tokenizer is tokenizer:  # transformers takes its notes off each when it saves them
+            encoder_tokenizer = copy.deepcopy(tokenizer)
         super().__init__(tokenizer, encoder_tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.geometry = asdict(geometry) if isinstance(geometry, Geometry) else dict(geometry)
         self._geometry = Geometry(**self.geometry)

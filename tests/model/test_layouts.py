@@ -1,4 +1,4 @@
-"""Native and released layouts, brackets, broken files, and shipping as remote code."""
+"""Native and released layouts, brackets, and broken files."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lclm.model import LCLMConfig, LCLMForConditionalGeneration, LCLMProcessor
+from lclm.model import LCLMForConditionalGeneration, LCLMProcessor
 
 FIXTURE = Path(__file__).parents[1] / "conformance" / "fixtures" / "mean-4x"
 
@@ -188,36 +188,3 @@ def test_unknown_layout(tiny, tmp_path):
         tiny.model().save_pretrained(tmp_path, layout="flat")
     with pytest.raises(ValueError, match="no place for position_in_block"):
         tiny.model(position_in_block=True).save_pretrained(tmp_path, layout="released")
-
-
-def test_ships_as_remote_code(tmp_path):
-    """transformers copies the folder's modules beside a checkpoint and loads from there, without lclm."""
-    model, processor = (cls.from_pretrained(FIXTURE) for cls in (LCLMForConditionalGeneration, LCLMProcessor))
-    for cls, auto in (
-        (LCLMConfig, "AutoConfig"),
-        (LCLMForConditionalGeneration, "AutoModelForCausalLM"),
-        (LCLMProcessor, "AutoProcessor"),
-    ):
-        cls.register_for_auto_class(auto)
-    try:
-        model.save_pretrained(tmp_path)
-        processor.save_pretrained(tmp_path)
-    finally:
-        for cls in (LCLMConfig, LCLMForConditionalGeneration, LCLMProcessor):
-            cls._auto_class = None
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM, AutoProcessor;"
-        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True);"
-        f"p = AutoProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True);"
-        "assert 'lclm' not in sys.modules; assert 'transformers_modules' in type(m).__module__;"
-        "x = p(text='<|memory_start|>ab<|memory_end|>c'); print(m(**x).logits.sum().item())"
-    )
-    import os
-    import subprocess
-    import sys
-
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    expected = model(**processor(text="<|memory_start|>ab<|memory_end|>c")).logits.sum().item()
-    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-4)
