@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 
 COMPONENTS = ("encoder", "adapter", "decoder", "brackets")
@@ -60,6 +63,38 @@ def fingerprints(model: nn.Module, state_dict: Mapping[str, Tensor] | None = Non
             value = state_dict[given]
         found.add(name, value)
     return found.digests()
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a checkpoint's safetensors files under a model's names, each read when asked for.
+
+    source: a folder or Hub id, in the native or the released layout. names: of the model's tensors; others in
+    the files are left out.
+    """
+
+    def __init__(self, source: str, names: set[str], revision: str | None = None) -> None:
+        folder = Path(source)
+        if source and not folder.is_dir():
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns="*.safetensors"))
+        self._files: dict[str, tuple[Path, str]] = {}
+        for part in ("", "encoder", "decoder", "adapter") if source else ():
+            for path in sorted((folder / part).glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118
+                        for name in (f"{part}.{key}".lstrip("."), f"{part}.{key.partition('.')[2]}"):
+                            if name in names:
+                                self._files.setdefault(name, (path, key))
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, key = self._files[name]
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, list[str], Tensor]]:
