@@ -15,7 +15,7 @@ from lclm.cli.shared import app
 
 __all__ = ["app", "main"]
 
-for part in ("runs", "checkpoints", "asking", "data", "recipes"):  # the order of the verbs in `lclm --help`
+for part in ("runs", "checkpoints", "asking", "compressing", "data", "recipes"):  # the order of the verbs in `lclm --help`
     import_module(f"lclm.cli.{part}")
 
 
