@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from lclm.model import LCLMForConditionalGeneration, LCLMProcessor
 
@@ -40,14 +41,33 @@ def check(checkpoint, golden):
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_and_round_trips(case, tmp_path):
+    """released -> native -> released -> native: weights bit for bit, and what the golden files say."""
     golden = FIXTURES / case
     model, processor = check(golden, golden)
-    for layout in ("native", "released"):
-        folder = tmp_path / layout
+    for step, layout in enumerate(("native", "released", "native")):
+        folder = tmp_path / f"{step}-{layout}"
         model.save_pretrained(folder, layout=layout)
         processor.save_pretrained(folder, layout=layout)
-        again, _ = check(folder, golden)
-        assert again.config.geometry() == model.config.geometry()
+        before, (model, processor) = model, check(folder, golden)
+        assert model.config.geometry() == before.config.geometry()
+        assert processor.chat_template == AutoTokenizer.from_pretrained(golden / "decoder").chat_template
+    assert weights(tmp_path / "2-native") == weights(tmp_path / "0-native")
+    assert weights(tmp_path / "1-released") == weights(golden)
+    assert settings(tmp_path / "1-released") == settings(golden)
+
+
+def settings(folder):
+    return json.loads((folder / "model_config.json").read_text())
+
+
+def weights(folder):
+    """{file: {tensor: what its bytes are}} of a checkpoint's weights."""
+    files = [path for path in folder.rglob("*.safetensors") if path.name != "golden.safetensors"]
+    return {str(path.relative_to(folder)): raw(load_file(path)) for path in files}
+
+
+def raw(tensors):
+    return {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in tensors.items()}
 
 
 def test_five_cases():
