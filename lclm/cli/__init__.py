@@ -15,7 +15,8 @@ from lclm.cli.shared import app
 
 __all__ = ["app", "main"]
 
-for part in ("runs", "checkpoints", "asking", "compressing", "data", "recipes"):  # the order of the verbs in `lclm --help`
+# in the order of the verbs in `lclm --help`
+for part in ("runs", "checkpoints", "asking", "compressing", "data", "recipes"):
     import_module(f"lclm.cli.{part}")
 
 

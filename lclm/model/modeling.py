@@ -228,6 +228,8 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         mean over loss-bearing positions if None), and no logits. use_cache is off unless asked for.
         """
         self._check_length(input_ids)
+        if latents is None and kwargs.get("memory_ready") is not None:
+            raise ValueError("the batch has memories of artifacts; give `latents`, or call generate(memories=)")
         if latents is None and encoder_input_ids is not None:
             latents = self.encode(
                 encoder_input_ids,
