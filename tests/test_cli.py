@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lclm.answer import conversation, read_document
 from lclm.cli import app, main
 from lclm.settings import shipped_recipes
 
@@ -17,6 +16,7 @@ COMMANDS = [
     ["report"],
     ["export"],
     ["generate"],
+    ["chat"],
     ["recipe", "show"],
     ["recipe", "validate"],
     ["data", "build"],
@@ -108,24 +108,3 @@ def test_other_processes_print_a_line(
     with pytest.raises(SystemExit):
         main(["recipe", "show", "nowhere.yaml"])
     assert capsys.readouterr().err.startswith("[process 3] there is no file")
-
-
-def test_documents_are_read_or_refused(tmp_path: Path) -> None:
-    (tmp_path / "good.txt").write_text("häuser")
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
-    assert read_document(tmp_path / "good.txt") == "häuser"
-    with pytest.raises(ValueError, match=r"empty.txt: holds no text"):
-        read_document(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match=r"bad.txt: is not UTF-8 text \(byte 3\)"):
-        read_document(tmp_path / "bad.txt")
-
-
-def test_a_prompt_becomes_one_turn() -> None:
-    turn = conversation("why?", ["a", "b"], 8)
-    assert turn[0]["role"] == "user"
-    assert turn[0]["content"] == [
-        {"type": "memory", "text": "a", "ratio": 8},
-        {"type": "memory", "text": "b", "ratio": 8},
-        {"type": "text", "text": "why?"},
-    ]
