@@ -321,11 +321,12 @@ def changed(folder: Path, expected: dict[str, Any], share: int = 0, of: int = 1)
 
 
 def weights_fingerprint(named: Iterable[tuple[str, Any]]) -> str:
-    """Of named tensors: their names, dtypes, shapes and bytes."""
+    """Of named tensors, or of functions that read them: their names, dtypes, shapes and bytes."""
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda item: item[0]):
+    for name, given in sorted(named, key=lambda item: item[0]):
+        tensor = given if torch.is_tensor(given) else given()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(memoryview(flat.view(torch.uint8).numpy()))

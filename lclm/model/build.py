@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -10,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from .attention import require, resolve
 from .configuration import LCLMConfig
-from .layouts import assemble, token_ids
+from .layouts import assemble, released_folder, token_ids
 from .modeling import LCLMForConditionalGeneration
 from .processing import LCLMProcessor
 from .settings import DecoderSettings, EncoderSettings, ModelSettings
-from .sources import first_layers, load_config, load_model, load_tokenizer, why
+from .sources import find, first_layers, load_config, load_model, load_tokenizer, why
 from .text import SpanTokenizer, add_marks
 
 COMPONENTS = ("encoder", "adapter", "decoder", "brackets")
@@ -91,7 +92,19 @@ def build_empty(
     """
     config = build_config(settings)
     config._attn_implementation = require(settings.attention, config.encoder_config, config.decoder_config)
-    return _without_weights(config, dtype)
+    model = _without_weights(config, dtype)
+    if settings.init_from:
+        released = released_folder(settings.init_from)
+        _read_generation(model, str(released / "decoder" if released else settings.init_from))
+        return model
+    config.dtype = config.encoder_config.dtype = config.decoder_config.dtype = dtype
+    model.generation_config = model.decoder.generation_config
+    if settings.decoder.path is not None:
+        source = find(settings.decoder.path)
+        if source.gguf is None:
+            _read_generation(model, source.name)
+    _set_ends(model, settings, *_tokenizers(settings))
+    return model
 
 
 def components(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -187,12 +200,25 @@ def _new_model(settings: ModelSettings, dtype: torch.dtype) -> LCLMForConditiona
     if settings.decoder.path is None:
         model.brackets.apply(model._init_weights)
     _start(model, fresh_encoder=settings.encoder.path is None, fresh_decoder=settings.decoder.path is None)
+    _set_ends(model, settings, tokenizer, encoder_tokenizer)
+    return model
+
+
+def _read_generation(model: LCLMForConditionalGeneration, path: str) -> None:
+    """What a checkpoint says about generation; where it says nothing, the model keeps what it has."""
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+def _set_ends(
+    model: LCLMForConditionalGeneration, settings: ModelSettings, tokenizer: Any, encoder_tokenizer: Any
+) -> None:
+    """Where generation ends and what it pads with, if the decoder's checkpoint does not say."""
     if settings.decoder.path is None or model.generation_config.eos_token_id is None:
         ends = SpanTokenizer(tokenizer, encoder_tokenizer).end_ids
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = config.pad_id
-    return model
+        model.generation_config.pad_token_id = model.config.pad_id
 
 
 def _part(

@@ -136,6 +136,7 @@ def from_released(
     read = AutoModel.from_pretrained(folder / "encoder", **load) if encoder else None
     decoder = AutoModelForCausalLM.from_pretrained(folder / "decoder", **load)
     model = assemble(cls, config, read, decoder)
+    model.name_or_path = str(folder)
     if encoder:
         _read_adapter(model, folder)
     return model.eval()
@@ -196,6 +197,7 @@ def save_released(
         if part in parts:
             parts[part][rest] = value
     _write_brackets(model, parts)
+    model.decoder.generation_config = model.generation_config
     model.encoder.save_pretrained(folder / "encoder", state_dict=parts["encoder"], **kwargs)
     model.decoder.save_pretrained(folder / "decoder", state_dict=parts["decoder"], **kwargs)
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
