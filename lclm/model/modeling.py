@@ -229,7 +229,7 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
         """
         self._check_length(input_ids)
         if latents is None and kwargs.get("memory_ready") is not None:
-            raise ValueError("the batch has memories of artifacts; give `latents`, or call generate(memories=)")
+            raise ValueError("memories of artifacts need `latents`; generate(memories=...) sees to it")
         if latents is None and encoder_input_ids is not None:
             latents = self.encode(
                 encoder_input_ids,
