@@ -15,12 +15,12 @@ from transformers.utils import cached_file
 
 from .attention import resolve
 from .configuration import LCLMConfig
+from .released import SETTINGS, read_settings
 from .text import mark_ids
 
 if TYPE_CHECKING:
     from .modeling import LCLMForConditionalGeneration
 
-SETTINGS = "model_config.json"
 ADAPTER = "adapter/adapter.safetensors"
 _HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
 _LOAD = ("dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "quantization_config")
@@ -46,34 +46,9 @@ def released_folder(name_or_path: Any, **kwargs: Any) -> Path | None:
     return Path(snapshot_download(str(name_or_path), **hub))
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """model_config.json as LCLMConfig's settings; ValueError with the file and key for what is wrong."""
-    path = folder / SETTINGS
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read {path}: {error}; a released checkpoint needs it as a JSON object"
-        ) from error
-    missing = [key for key in ("compression_ratio", "encoder_window_size") if key not in raw]
-    if missing:
-        raise ValueError(f"{path} lacks {missing[0]!r}")
-    return {
-        "ratio": raw["compression_ratio"],
-        "window": raw["encoder_window_size"],
-        "pooling": raw.get("pooling", "mean"),
-        "encoder_attention": raw.get("encoder_mask_type", "causal"),
-        "overlap": raw.get("boundary_overlap", 0) or 0,
-        "adapter": raw.get("adapter_type", "mlp"),
-        "adapter_layers": raw.get("num_adapter_layers"),
-    }
-
-
 def released_config(folder: Path) -> LCLMConfig:
     """LCLMConfig of a checkpoint in the released layout."""
     settings = read_settings(folder)
-    if settings["adapter"] == "mlp":
-        settings["adapter_layers"] = 0
     decoder_tokenizer, encoder_tokenizer = released_tokenizers(folder)
     ids: dict[str, Any] = token_ids(decoder_tokenizer, encoder_tokenizer)
     return LCLMConfig(

@@ -12,7 +12,8 @@ import torch
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .layouts import read_settings, released_folder, released_tokenizers, token_ids
+from .layouts import released_folder, released_tokenizers, token_ids
+from .released import read_settings
 from .spans import Example, Geometry, Span, lay_out
 from .text import SpanTokenizer
 

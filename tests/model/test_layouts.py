@@ -159,7 +159,7 @@ def broken(tmp_path):
     [
         (lambda f: (f / "model_config.json").write_text("{"), r"cannot read .*model_config.json"),
         (lambda f: (f / "model_config.json").write_text("{}"), "lacks 'compression_ratio'"),
-        (lambda f: edit(f, compression_ratio=5), "ratio 5 does not divide the window of 32"),
+        (lambda f: edit(f, compression_ratio=5), "which does not divide .encoder_window_size., 32"),
         (lambda f: edit(f, pooling="concat"), "does not fit"),
         (lambda f: (f / "adapter" / "adapter.safetensors").write_bytes(b"x" * 40), "cannot read the adapter"),
         (lambda f: (f / "adapter" / "adapter.safetensors").unlink(), "cannot read the adapter"),
