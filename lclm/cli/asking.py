@@ -103,7 +103,7 @@ def chat(
 
     \b
       lclm chat my-model -m report.txt
-      lclm chat my-model -m docs/ -m 'src/**/*.py' --system "Answer in one sentence."
+      lclm chat my-model -m notes/ -m 'src/**/*.py' --system "Answer in one sentence."
       lclm chat my-model -m book.lclm < questions.txt > answers.txt
 
     At a terminal, Ctrl-C stops an answer and Ctrl-D ends the chat. From a pipe, each line is a question.

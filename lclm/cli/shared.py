@@ -45,6 +45,7 @@ def lclm(
       lclm report runs/tiny                          a page with plots
       lclm export runs/tiny -o my-model              a checkpoint that from_pretrained reads
       lclm generate my-model --memory book.txt --prompt "Who dies first?"
+      lclm chat my-model --memory notes/             any number of questions
     """
 
 
