@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from .modeling import LCLMForConditionalGeneration
 
 ADAPTER = "adapter/adapter.safetensors"
+PARTS = ("encoder", "adapter", "decoder")
+_WEIGHTS = ("safetensors", "bin", "pt", "pth")
 _HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
 _LOAD = ("dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "quantization_config")
 
 
-def released_folder(name_or_path: Any, **kwargs: Any) -> Path | None:
+def released_folder(name_or_path: Any, weights: Sequence[str] = PARTS, **kwargs: Any) -> Path | None:
     """Local folder of a checkpoint in the released layout, fetched from the Hub if need be; None for a
-    native one."""
+    native one. weights: the parts whose weights are wanted, those of others are not fetched."""
     if name_or_path is None:
         return None
     folder = Path(name_or_path)
@@ -43,7 +46,8 @@ def released_folder(name_or_path: Any, **kwargs: Any) -> Path | None:
     from huggingface_hub import snapshot_download
 
     hub.pop("proxies", None)
-    return Path(snapshot_download(str(name_or_path), **hub))
+    unwanted = [f"{part}/*.{end}" for part in PARTS if part not in weights for end in _WEIGHTS]
+    return Path(snapshot_download(str(name_or_path), ignore_patterns=unwanted, **hub))
 
 
 def released_config(folder: Path) -> LCLMConfig:

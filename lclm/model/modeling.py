@@ -297,7 +297,7 @@ class LCLMForConditionalGeneration(MemoryGeneration, PreTrainedModel, Generation
     @classmethod
     def read_config(cls, name_or_path: Any) -> LCLMConfig:
         """The configuration of a native or released checkpoint, without its weights."""
-        folder = released_folder(name_or_path)
+        folder = released_folder(name_or_path, weights=("adapter",))
         return released_config(folder) if folder else LCLMConfig.from_pretrained(name_or_path)
 
     def save_pretrained(

@@ -156,7 +156,7 @@ class LCLMProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Load from a native or released checkpoint, a folder or on the Hub."""
-        if folder := released_folder(pretrained_model_name_or_path, **kwargs):
+        if folder := released_folder(pretrained_model_name_or_path, weights=(), **kwargs):
             tokenizer, encoder_tokenizer = released_tokenizers(folder)
             settings = read_settings(folder)
             geometry = Geometry(

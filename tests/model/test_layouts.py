@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lclm.model import LCLMForConditionalGeneration, LCLMProcessor
+from lclm.model import LCLMForConditionalGeneration, LCLMProcessor, layouts
 
 FIXTURE = Path(__file__).parents[1] / "conformance" / "fixtures" / "mean-4x"
 
@@ -108,6 +109,31 @@ def test_without_the_encoder_released(tmp_path):
     reader = LCLMForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", encoder=False)
     arrays = LCLMProcessor.from_pretrained(FIXTURE)(text="<|memory_start|>ab<|memory_end|>c")
     check_reader(reader, LCLMForConditionalGeneration.from_pretrained(FIXTURE), arrays)
+
+
+def test_only_the_weights_that_are_needed_are_fetched(tmp_path, monkeypatch):
+    """From a Hub that holds the fixture: each loader's files, by what it lets the Hub client leave out."""
+    left_out = []
+
+    def download(name, ignore_patterns, **_):
+        left_out.append(ignore_patterns)
+        found = shutil.ignore_patterns(*[Path(pattern).name for pattern in ignore_patterns])
+        folder = tmp_path / str(len(left_out))
+        for part in ("encoder", "adapter", "decoder"):
+            here = [pattern for pattern in ignore_patterns if pattern.startswith(part)]
+            shutil.copytree(FIXTURE / part, folder / part, ignore=found if here else None)
+        shutil.copy(FIXTURE / "model_config.json", folder)
+        return str(folder)
+
+    cached = {"model_config.json": str(FIXTURE / "model_config.json")}
+    monkeypatch.setattr(layouts, "cached_file", lambda name, file, **_: cached.get(file))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert LCLMForConditionalGeneration.from_pretrained("org/model").config.ratio == 4
+    assert LCLMForConditionalGeneration.read_config("org/model").ratio == 4
+    assert LCLMProcessor.from_pretrained("org/model").geometry["ratio"] == 4
+    fetched = [(tmp_path / str(number)).rglob("*.safetensors") for number in (1, 2, 3)]
+    parts = [sorted(path.parent.name for path in paths) for paths in fetched]
+    assert parts == [["adapter", "decoder", "encoder"], ["adapter"], []]
 
 
 def rng():
