@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 
 from .attention import require, resolve
 from .configuration import LCLMConfig
@@ -96,15 +105,25 @@ def build_empty(
     if settings.init_from:
         released = released_folder(settings.init_from)
         _read_generation(model, str(released / "decoder" if released else settings.init_from))
+        _mark_loaded(*((model.encoder, model.decoder) if released else (model,)))
         return model
     config.dtype = config.encoder_config.dtype = config.decoder_config.dtype = dtype
     model.generation_config = model.decoder.generation_config
-    if settings.decoder.path is not None:
-        source = find(settings.decoder.path)
-        if source.gguf is None:
+    for part, given in ((model.encoder, settings.encoder), (model.decoder, settings.decoder)):
+        source = find(given.path) if given.path is not None else None
+        if source is not None and source.gguf is None and getattr(given, "layers", None) is None:
+            _mark_loaded(part)
+        if source is not None and source.gguf is None and part is model.decoder:
             _read_generation(model, source.name)
     _set_ends(model, settings, *_tokenizers(settings))
     return model
+
+
+def _mark_loaded(*models: PreTrainedModel) -> None:
+    """Mark models as transformers marks those it loaded: it sorts the names it writes of them."""
+    for model in models:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [one for one in conversions if not isinstance(one, PrefixChange)]
 
 
 def components(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
