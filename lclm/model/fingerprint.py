@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,15 +32,16 @@ class Fingerprint:
     def add(self, name: str, tensor: Tensor) -> None:
         """A tensor of the model's state dict (`encoder.layers.0...`). ValueError for a name of no component,
         one that was added before, and a tensor without values (on the meta device)."""
+        self._put(name, _digest(name, tensor))
+
+    def _put(self, name: str, digest: str) -> None:
         part = name.partition(".")[0]
         tensors = self._tensors.get(_PART.get(part, part))
         if tensors is None:
             raise ValueError(f"{name!r} is no weight of an LCLM: it starts with none of {COMPONENTS}")
         if name in tensors:
             raise ValueError(f"{name!r} was added to the fingerprint twice")
-        if tensor.is_meta:
-            raise ValueError(f"{name!r} is on the meta device and has no values; load the weights first")
-        tensors[name] = _digest(name, tensor)
+        tensors[name] = digest
 
     def digests(self) -> dict[str, str]:
         """{component: SHA-256 in hex}, of what was added so far."""
@@ -54,14 +57,21 @@ def fingerprints(model: nn.Module, state_dict: Mapping[str, Tensor] | None = Non
     state_dict: the weights if they are not in the model (gathered from a sharded engine, read from a file one
     by one); of tied ones, one is enough. ValueError when it lacks some.
     """
-    found = Fingerprint()
-    for name, same, value in _stored(model):
-        if state_dict is not None:
-            given = next((other for other in same if other in state_dict), None)
-            if given is None:
+    stored = list(_stored(model))
+    if state_dict is not None:
+        for name, same, _ in stored:
+            if not any(other in state_dict for other in same):
                 raise ValueError(f"the weights lack {name!r}")
-            value = state_dict[given]
-        found.add(name, value)
+
+    def digest(name: str, same: list[str], value: Tensor) -> str:
+        if state_dict is not None:
+            value = state_dict[next(other for other in same if other in state_dict)]
+        return _digest(name, value)
+
+    found = Fingerprint()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        for (name, _, _), made in zip(stored, threads.map(lambda item: digest(*item), stored), strict=True):
+            found._put(name, made)
     return found.digests()
 
 
@@ -110,6 +120,8 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, list[str], Tensor]]:
 
 
 def _digest(name: str, tensor: Tensor) -> str:
+    if tensor.is_meta:
+        raise ValueError(f"{name!r} is on the meta device and has no values; load the weights first")
     digest = hashlib.sha256(f"{name} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().reshape(-1)
     for start in range(0, len(flat), _AT_ONCE):
