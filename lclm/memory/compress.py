@@ -27,7 +27,7 @@ class Written:
         again = f"; {self.known:,} of {self.windows:,} windows were known" if self.known else ""
         return (
             f"{len(memories):,} {'memory' if len(memories) == 1 else 'memories'}, {tokens:,} tokens as "
-            f"{latents:,} latents ({tokens / latents:.1f}x), {self.bytes / 2**20:,.1f} MiB{again}"
+            f"{latents:,} latents ({tokens / latents:.1f}x), {self.bytes:,} bytes{again}"
         )
 
 
