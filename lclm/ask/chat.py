@@ -59,15 +59,19 @@ class Chat:
         return [a for turn in self._turns for a in turn.artifacts] + self._waiting
 
     def add(self, documents: Sequence[Document]) -> float:
-        """Read documents, for the next question; returns the seconds that it took to compress them."""
+        """Read documents, for the next question; returns the seconds that it took to compress them.
+
+        ValueError as Reader.read; none of `documents` is added then.
+        """
+        if not documents:
+            return 0.0
         texts = any(document.text is not None for document in documents)
         self._reader.model(encoder=texts)  # loading is not counted
         begun = time.perf_counter()
-        added = self._reader.read(documents, self._ratio if texts else None)
+        added = self._reader.read(documents, self._ratio if texts else None, self._room())
         seconds = time.perf_counter() - begun if texts else 0.0
-        if added:
-            read = Read.of(memory for artifact in added for memory in artifact.memories)
-            self._tell(f"read {read}" + (f" in {seconds:.2f} s" if texts else ", compressed before"))
+        read = Read.of(memory for artifact in added for memory in artifact.memories)
+        self._tell(f"read {read}" + (f" in {seconds:.2f} s" if texts else ", compressed before"))
         self._waiting += added
         return seconds
 
@@ -76,12 +80,14 @@ class Chat:
 
         A question that is refused, or stopped before a word came, leaves the conversation as it was.
         """
+        self._reader.model()
+        begun = time.perf_counter()
         turn = Turn(self._waiting, question)
         self._waiting = []
         self._turns.append(turn)
         try:
             inputs = self._fitting()
-            answer = self._reader.answer(inputs, self.artifacts, self._sampling, write, self._past)
+            answer = self._reader.answer(inputs, self.artifacts, self._sampling, write, self._past, begun)
             turn.answer = answer.text
         finally:
             if not turn.answer:
@@ -104,6 +110,12 @@ class Chat:
         if not self.artifacts:
             raise ValueError("there are no documents to save; /add FILE adds one")
         Artifact.concatenate(self.artifacts).save(path)
+
+    def _room(self) -> int | None:
+        """Latents of further documents that the decoder has positions for."""
+        if (limit := self._reader.positions) is None:
+            return None
+        return limit - self._sampling.max_new_tokens - sum(sum(artifact.sizes) for artifact in self.artifacts)
 
     def _fitting(self) -> Any:
         """Arrays of the conversation from the first turn on that it fits from; turns before are forgotten."""

@@ -71,16 +71,17 @@ class Figures:
 
 
 class Stream(TextStreamer):
-    """Gives an answer's text to `write` as it comes, keeps it, and notes when its tokens came."""
+    """Gives an answer's text to `write` as it comes, keeps it, and notes when its tokens came, from `begun`
+    (time.perf_counter) on."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], begun: float) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text = ""
         self.ids: list[int] = []
         self.first: float | None = None
         self.last: float | None = None
         self._write = write
-        self._begun = time.perf_counter()
+        self._begun = begun
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:

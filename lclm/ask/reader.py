@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class Reader:
     """
 
     def __init__(self, checkpoint: str) -> None:
+        _check_place(checkpoint)
+        LCLMForConditionalGeneration.read_config(checkpoint)  # the first that fails if it is none
         self.processor = LCLMProcessor.from_pretrained(checkpoint)
         self._checkpoint = checkpoint
         self._model: Any = None
@@ -104,21 +107,37 @@ class Reader:
         """How many the decoder has, if it has a limit."""
         return getattr(self.model().config.decoder_config, "max_position_embeddings", None)
 
-    def read(self, documents: Sequence[Document], ratio: int | None = None) -> list[Artifact]:
+    def read(
+        self, documents: Sequence[Document], ratio: int | None = None, room: int | None = None
+    ) -> list[Artifact]:
         """Documents as artifacts, in their order: texts are compressed, neighbours together.
 
-        ValueError for an artifact that is damaged or another model's, and for a ratio that the model does not
-        have or that has nothing to apply to.
+        ValueError, before any is compressed, for an artifact that is damaged or another model's, for a ratio
+        that the model does not have or that has nothing to apply to, and for more latents than `room`.
         """
         if ratio is not None and documents and all(document.text is None for document in documents):
             raise ValueError("--ratio has no effect: what is in an artifact is compressed already")
         loaded = {d.artifact: Artifact.load(d.artifact) for d in documents if d.artifact}
         for path, artifact in loaded.items():
             self.model().check_artifact(artifact, printable(path))
+        latents = sum(sum(artifact.sizes) for artifact in loaded.values()) + self._latents(documents, ratio)
+        if room is not None and latents > room:
+            raise ValueError(
+                f"the documents make {latents:,} latents, but there is room for {max(room, 0):,} beside "
+                f"--max-new-tokens and other documents: the decoder has {self.positions:,} positions; raise "
+                "--ratio, lower --max-new-tokens, or give fewer documents"
+            )
         artifacts: list[Artifact] = []
         for path, group in groupby(documents, lambda document: document.artifact):
             artifacts.append(loaded[path] if path else self._compress(list(group), ratio))
         return artifacts
+
+    def _latents(self, documents: Sequence[Document], ratio: int | None) -> int:
+        """How many the texts among documents will make."""
+        geometry = self.model().config.geometry()
+        texts = [document.text for document in documents if document.text is not None]
+        ids = self.processor.spans.encoder_content.encode_batch(texts)
+        return sum(geometry.latents(len(tokens), ratio) for tokens in ids)
 
     def _compress(self, documents: Sequence[Document], ratio: int | None) -> Artifact:
         model = self.model(encoder=True)
@@ -145,12 +164,14 @@ class Reader:
         sampling: Sampling,
         write: Callable[[str], None],
         past: Past,
+        begun: float,
     ) -> Answer:
-        """Stream the answer to a prompt to `write`. artifacts: those of the prompt, in their order."""
+        """Stream the answer to a prompt to `write`. artifacts: those of the prompt, in their order. begun:
+        when the question was given, by time.perf_counter."""
         keys = _keys(inputs)
         kept = past.begin(keys)
         model = self.model()
-        stream = Stream(self.processor.tokenizer, write)
+        stream = Stream(self.processor.tokenizer, write, begun)
         options = {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature else {}
         stopped, cache = False, past.cache
         past.clear()
@@ -182,6 +203,21 @@ class Reader:
             cut=not stopped and not ended,
         )
         return Answer(stream.text, figures, stopped)
+
+
+def _check_place(checkpoint: str) -> None:
+    """ValueError for a folder that holds no checkpoint, and for a path where there is none."""
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in ("config.json", "model_config.json")):
+            return
+        export = folder / "export"
+        hint = f"; this run's is {export}" if (export / "config.json").is_file() else ""
+        raise ValueError(
+            f"{checkpoint}: is no checkpoint, it holds no config.json or model_config.json{hint}"
+        )
+    if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")) or checkpoint.endswith("/"):
+        raise ValueError(f"{checkpoint}: there is no such folder, and a Hub id is of the form owner/name")
 
 
 def _keys(inputs: Any) -> list[int]:

@@ -22,7 +22,7 @@ Memory = Annotated[
         "repeatable.",
     ),
 ]
-Ratio = Annotated[int | None, typer.Option(help="Tokens per latent; the checkpoint's default.")]
+Ratio = Annotated[int | None, typer.Option(min=1, help="Tokens per latent; the checkpoint's default.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop an answer after so many tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")]
 Seed = Annotated[int, typer.Option(help="For a temperature above 0.")]

@@ -84,7 +84,8 @@ def test_questions_of_a_data_set(lclm: Callable[..., Any], tmp_path: Path) -> No
     [
         (["-m", "docs/none.txt", "-p", "x"], "there is no such file"),
         (["-m", "docs/logo.png", "-p", "x"], "binary"),
-        (["-m", "docs", "-p", "x", "--max-new-tokens", "9000"], "more than the 4,096 of the decoder"),
+        (["-m", "docs", "-p", "x", "--max-new-tokens", "9000"], "the decoder has 4,096 positions; raise"),
+        (["-p", "x", "--max-new-tokens", "9000"], "more than the 4,096 of the decoder"),
         (["-m", "docs", "-p", "x", "--ratio", "7"], "ratio"),
         (["-p", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["-p", "x", "--questions", "y"], "give one of --prompt and --questions"),
@@ -97,9 +98,19 @@ def test_errors_say_what_to_do(
     assert out == "" and message in " ".join(err.replace("│", " ").split()) and "Traceback" not in err
 
 
-def test_a_folder_that_is_no_checkpoint(lclm: Callable[..., Any], folder: Path) -> None:
-    out, err = lclm("generate", "-p", "x", checkpoint=str(folder), code=2)
-    assert out == "" and "Traceback" not in err
+def test_what_is_no_checkpoint_is_said_before_anything_is_loaded(
+    lclm: Callable[..., Any], folder: Path
+) -> None:
+    (folder / "export").mkdir()
+    for place, message in {
+        "docs/export": "it holds no config.json or model_config.json",
+        "docs": "this run's is docs/export",
+        "./nowhere": "there is no such folder, and a Hub id is of the form owner/name",
+        "nowhere": "there is no such folder",
+    }.items():
+        out, err = lclm("generate", "-p", "x", checkpoint=place, code=2)
+        assert out == "" and message in " ".join(err.replace("│", " ").split()) and "Traceback" not in err
+        (folder / "export" / "config.json").write_text("{}")
 
 
 def test_streams_to_a_process_that_reads_and_ends_at_ctrl_c(folder: Path, checkpoint: str) -> None:

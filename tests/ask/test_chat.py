@@ -105,7 +105,7 @@ def test_documents_added_later_stand_before_the_next_question(
     assert answers() == given
 
 
-def test_the_oldest_turns_are_forgotten_and_documents_never(asked: Callable[..., Any]) -> None:
+def test_the_oldest_turns_are_forgotten_and_documents_never(asked: Callable[..., Any], loads: Any) -> None:
     chat = asked()
     chat("first " * 40)
     limit = chat.figures[0].text + chat.figures[0].read.latents + 30
@@ -117,7 +117,12 @@ def test_the_oldest_turns_are_forgotten_and_documents_never(asked: Callable[...,
     with pytest.raises(ValueError, match=rf"more than the {limit} of the decoder; ask a shorter question"):
         chat("third " * 200)
     assert chat.chat._turns == turns
-    assert len(chat.chat.artifacts) == 1
+    rows = len(loads.rows)
+    with pytest.raises(
+        ValueError, match=rf"make \d+ latents, but there is room for \d+ .* {limit} positions"
+    ):
+        chat.chat.add([Document("long", "word " * limit)])
+    assert len(chat.chat.artifacts) == 1 and len(loads.rows) == rows == 1
 
 
 def test_reset_forgets_turns_only(asked: Callable[..., Any], loads: Any) -> None:
