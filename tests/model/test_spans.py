@@ -188,10 +188,42 @@ def test_fill_rows(lengths):
         fill_rows([21], 20)
 
 
+@PROPERTY
+@given(case=cases(), chosen=st.integers(0, 2**16))
+def test_ready_memories_take_the_same_places_and_no_rows(case, chosen):
+    """A memory compressed before reads as the same one would, were it compressed now."""
+    shape, rows = case
+    picks = itertools.cycle(bool(chosen >> bit & 1) for bit in range(16))
+
+    def ready(span):
+        if span.kind == "text" or not next(picks):
+            return span
+        return Span.ready(shape.latents(len(span.ids), shape.span_ratio(span)))
+
+    with_ready = [[Example(tuple(map(ready, example.spans))) for example in row] for row in rows]
+    plain, arrays = lay_out(rows, shape), lay_out(with_ready, shape)
+    for name in ("input_ids", "position_ids", "labels", "latent_index", "attention_mask", "memory_sizes"):
+        assert np.array_equal(plain[name], arrays[name]), name
+    spans = [span for row in with_ready for example in row for span in example.spans if span.kind == "memory"]
+    assert arrays.get("memory_ready", np.zeros(len(spans))).tolist() == [not len(span.ids) for span in spans]
+    made = np.repeat([len(span.ids) > 0 for span in spans], arrays["memory_sizes"]).nonzero()[0]
+    assert sorted(set(arrays["block_index"][arrays["block_index"] >= 0].tolist())) == made.tolist()
+    sizes = [shape.size(example) for row in with_ready for example in row]
+    assert sum(size.latents for size in sizes) == arrays["memory_sizes"].sum()
+    budget = len(plain["encoder_input_ids"])
+    both = collate([lay_out(some, shape, encoder_rows=budget) for some in (with_ready, rows)])
+    if "memory_ready" in both:
+        expected = [not len(span.ids) for span in spans] + [False] * len(spans)
+        assert both["memory_ready"].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Span("text", np.zeros(0)), "at least one token"),
+        (lambda: Span.ready(0), "at least one latent"),
+        (lambda: Span("memory", np.ones(1), latents=1), "without ids"),
+        (lambda: Span("text", np.zeros(0), latents=1), "is a memory"),
         (lambda: Span("code", np.ones(1)), "must be 'text' or 'memory'"),
         (lambda: Span("memory", np.ones(1), loss=True), "never bears loss"),
         (lambda: Span("text", np.ones(1), ratio=4), "no ratio"),
