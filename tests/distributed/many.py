@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from lclm.checkpoint import StageFolder
+from lclm.checkpoint import STATE, RunFolder, StageFolder, read_json
 from lclm.recipe import load_recipe
 from lclm.train import stages, trainer
 from lclm.train.elastic import link_moments, restore_moved
@@ -133,6 +134,30 @@ def cut_anew(folder: str, zero: int, precision: str, offload: bool = False) -> N
     take_step(engine, 9)
     later = state_of(engine)
     assert later["steps"] == found["steps"] + 1
+    engine.close()
+
+
+def carry_on(recipe: str, source: str | None, target: str, zero: int) -> None:
+    """Put the checkpoint of the run `source` into an engine at a ZeRO stage, and save that into the run
+    `target` without a step; with no source, what the stage starts with."""
+    loaded = load_recipe(recipe, [f"engine.zero={zero}", f"run_dir={target}"])
+    (name, stage), *_ = loaded.stages.items()
+    processes = start_processes(loaded.engine)
+    engine, frozen = stages.build_engine(loaded, stage, None, processes)
+    known, state = Identity("run", frozen, zero, loaded.engine.precision, processes.size), State(stage_step=2)
+    if source is not None:
+        path = RunFolder(Path(source)).stage(0, name).candidates()[0]
+        known, state = (
+            replace(known, run=read_json(path / STATE)["identity"]["run"]),
+            State.read(path / STATE),
+        )
+        if known.check(path):
+            restore_moved(engine, path, print)
+        else:
+            engine.load(path)
+    save_checkpoint(engine, RunFolder(Path(target)).stage(0, name), state, known, keep=9)
+    if processes.main:
+        loaded.save(RunFolder(Path(target)).recipe)
     engine.close()
 
 

@@ -1,21 +1,27 @@
 """A model whose weights fill several hundred MB, and what converting it takes in memory.
 
-usage: peak.py SOURCE OUTPUT LAYOUT DTYPE SHARD. Prints {"before", "after"}: the most bytes that this process
-had in memory until it opened SOURCE, and until it had written OUTPUT.
+usage: peak.py SOURCE OUTPUT LAYOUT SHARD. SOURCE: a checkpoint, or a run, whose newest one is taken. Prints
+{"before", "after"}: the most bytes this process had in memory until it opened SOURCE, and until the end.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lclm.checkpoint import RunFolder
 from lclm.hub.export import export_run
 from lclm.model import LCLMForConditionalGeneration, LCLMProcessor
+from lclm.recipe import Recipe
 from lclm.stored import StoredModel
+from lclm.train.engine import import_deepspeed
+from lclm.train.weights import open_checkpoint
 
 CHECKPOINT = Path(__file__).parent.parent / "conformance" / "fixtures" / "mean-4x"
 LARGER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "layer_types": None}
@@ -32,8 +38,8 @@ def large_model() -> Any:
         return LCLMForConditionalGeneration(type(config)(**{**settings, "adapter_hidden": 512}))
 
 
-def write_large(folder: Path) -> int:
-    """Write it with weights that all differ; their bytes."""
+def write_large(folder: Path) -> None:
+    """Write it with weights that all differ."""
     model = large_model()
     shapes = {name: value.shape for name, value in model.state_dict().items()}
 
@@ -43,7 +49,6 @@ def write_large(folder: Path) -> int:
 
     stored = StoredModel(model, LCLMProcessor.from_pretrained(CHECKPOINT), read)
     export_run(folder, folder, shard_size="64MB", weights=stored)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def most_in_memory() -> int:
@@ -52,14 +57,32 @@ def most_in_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
+def measure(source: Path, output: Path, layout: str, shard: int) -> int:
+    """Bytes of memory that an export took in a process of its own, beyond what its imports did."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hub.peak", str(source), str(output), layout, f"{shard // 1000}KB"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+    assert size > 12 * shard
+    grown: int = found["after"] - found["before"]
+    print(f"{size / 2**20:,.0f} MiB of weights: {grown / 2**20:,.0f} MiB with files of {shard / 2**20:,.0f}")
+    return grown
+
+
 def main() -> None:
     """What the module's text says."""
-    source, output, layout, dtype, shard = sys.argv[1:]
-    export_run(
-        CHECKPOINT, Path(output + ".first"), layout="native", shard_size="1MB"
-    )  # imports what it needs
-    before = most_in_memory()
-    export_run(Path(source), Path(output), layout=layout, dtype=dtype, shard_size=shard)
+    source, output, layout, shard = sys.argv[1:]
+    export_run(CHECKPOINT, Path(output + ".first"), shard_size="1MB")  # imports all that it needs
+    import_deepspeed()
+    run, before = RunFolder(Path(source)), most_in_memory()
+    weights = open_checkpoint(Recipe.read(run.recipe), run) if run.recipe.is_file() else None
+    export_run(run.path, Path(output), layout=layout, shard_size=shard, weights=weights)
     print(json.dumps({"before": before, "after": most_in_memory()}))
 
 
