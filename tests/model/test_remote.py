@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
 import lclm.model
 from lclm.model import LCLMConfig, LCLMForConditionalGeneration, LCLMProcessor
@@ -108,6 +108,10 @@ def test_what_a_checkpoint_carries(loaded_elsewhere):
             assert (folder / case / name).read_bytes() == (source / name).read_bytes()
         rest = {"generation_config.json", "chat_template.jinja", "processor_config.json", "tokenizer.json"}
         assert all((folder / case / name).is_file() for name in (*rest, "encoder_tokenizer/tokenizer.json"))
+    generation = json.loads((folder / "tiny" / "generation_config.json").read_text())
+    assert {"<|im_end|>", "<|endoftext|>"} == {
+        AutoTokenizer.from_pretrained(folder / "tiny").decode(end) for end in generation["eos_token_id"]
+    }
     config = json.loads((folder / "tiny" / "config.json").read_text())
     assert config == json.loads((folder / "again" / "config.json").read_text())
     assert str(folder.parent) not in json.dumps(config)
