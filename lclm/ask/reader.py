@@ -73,6 +73,7 @@ class Past:
                 self.cache.crop(shared - len(self._keys))
             except RuntimeError:
                 shared = 0
+        self._keys = self._keys[:shared]
         if not shared:
             self.clear()
         return shared
