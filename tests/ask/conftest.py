@@ -85,9 +85,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
 class Asked:
     """A chat whose answers are returned."""
 
-    def __init__(self, tokens: int = 10, temperature: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self, tokens: int = 10, temperature: float = 0.0, checkpoint: str = CHECKPOINT, **options: Any
+    ) -> None:
         self.told: list[str] = []
-        self.reader = Reader(CHECKPOINT)
+        self.reader = Reader(checkpoint)
         self.chat = Chat(self.reader, Sampling(tokens, temperature), self.told.append, **options)
         self.figures: list[Any] = []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,28 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(
 
     given = answers()
     assert given[0]
+    request.getfixturevalue("nothing_kept")
+    assert answers() == given
+
+
+def test_a_sliding_window_gives_the_answers_that_reading_anew_gives(
+    asked: Callable[..., Any], tmp_path: Path, checkpoint: str, request: pytest.FixtureRequest
+) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "sliding")
+    file = copy / "decoder" / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 2}
+    file.write_text(json.dumps(config))
+
+    def answers() -> list[str]:
+        chat = asked(checkpoint=str(copy))
+        assert chat.reader.model().config.decoder_config.sliding_window == 64
+        given = [chat(question) for question in QUESTIONS]
+        chat.chat.reset()
+        return [*given, chat(QUESTIONS[0])]
+
+    given = answers()
+    assert given[3] == given[0]
     request.getfixturevalue("nothing_kept")
     assert answers() == given
 
