@@ -58,9 +58,7 @@ def draw_png(record: RunRecord, names: Container[str]) -> list[tuple[str, str, b
     return found
 
 
-def _drawn(
-    record: RunRecord, names: Container[str] | None = None
-) -> Iterator[tuple[str, str, Figure, str]]:
+def _drawn(record: RunRecord, names: Container[str] | None = None) -> Iterator[tuple[str, str, Figure, str]]:
     """(name, section, figure, caption) of the plots that the run has figures for."""
     specs: list[tuple[str, str, Callable[[RunRecord], tuple[Figure, str] | None]]] = [
         ("saved", "memory", saved_over_steps),

@@ -117,8 +117,11 @@ def _rate(settings: Any) -> str:
     return f"{settings['lr']:g}{words}{' LoRA' if settings.get('lora') else ''}"
 
 
-def read_run(folder: str | Path) -> RunRecord:
-    """Read a run folder; only a folder without metrics is an error (ValueError)."""
+def read_run(folder: str | Path, *, local: bool = False) -> RunRecord:
+    """Read a run folder; only a folder without metrics is an error (ValueError).
+
+    local: leave out data sets that lie behind a URL.
+    """
     folder = Path(folder)
     run = RunFolder(folder)
     path = run.metrics
@@ -131,7 +134,7 @@ def read_run(folder: str | Path) -> RunRecord:
     record.recipe = _read_yaml(run.recipe)
     record.requested = _read_yaml(run.requested)
     record.provenance = _read_json(run.provenance)
-    record.datasets = _read_datasets(record.recipe)
+    record.datasets = _read_datasets(record.recipe, local)
     for what, there in {
         "training metrics": lines.get("train"),
         "validation losses": lines.get("validation"),
@@ -181,7 +184,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _read_datasets(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def _read_datasets(recipe: dict[str, Any], local: bool) -> list[dict[str, Any]]:
     """The manifests of the data sets that the recipe names, each with its `use` and `path`."""
     import fsspec
 
@@ -190,7 +193,7 @@ def _read_datasets(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     for use, key in (("training", "sources"), ("held out", "heldout")):
         for name, source in (data.get(key) or {}).items():
             url = source.get("path") if isinstance(source, dict) else source
-            if not url:
+            if not url or (local and "://" in str(url)):
                 continue
             try:
                 with fsspec.open(f"{str(url).rstrip('/')}/manifest.json", "rb") as file:
