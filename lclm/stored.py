@@ -132,7 +132,7 @@ def open_stored(folder: Path) -> StoredModel:
 
     from lclm.model import LCLMForConditionalGeneration, LCLMProcessor
     from lclm.model.build import ModelSettings, build_empty
-    from lclm.model.layouts import released_folder
+    from lclm.model.layouts import read_marks, released_folder
 
     released = released_folder(folder) is not None
     if not released and not (folder / "config.json").is_file():
@@ -146,11 +146,16 @@ def open_stored(folder: Path) -> StoredModel:
     if missing:
         raise ValueError(f"{folder} does not hold {missing[0]} in the shape that its configuration says")
     _take_dtypes(model, places)
+    rows, own = list(model.brackets.ids), read_marks(folder) if released else None
 
     def read(name: str) -> Tensor:
         tensors, there = places[name]
         value = tensors.read(there)
-        return value[list(model.brackets.ids)] if released and name == BRACKETS else value
+        if released and name == BRACKETS:
+            return value[rows]
+        if own is not None and places[name] == places[BRACKETS]:
+            value[rows] = own.to(value)
+        return value
 
     return StoredModel(model, processor, read)
 

@@ -196,11 +196,11 @@ def _write_native(
 def _write_released(
     folder: Path, stored: StoredModel, shard_size: int | str, progress: Progress | None
 ) -> None:
-    from lclm.model.layouts import ADAPTER, released_settings, write_settings
+    from lclm.model.layouts import ADAPTER, released_settings, write_marks, write_settings
 
     model = stored.model
     settings = released_settings(model.config)
-    read = _with_brackets(stored)
+    read, table = _with_brackets(stored), model.decoder.get_input_embeddings().weight
     parts = {
         name: list_weights(getattr(model, name), partial(_read_part, read, name))
         for name in ("encoder", "decoder")
@@ -218,6 +218,9 @@ def _write_released(
         write_shards(folder / name, weights, shard_size=shard_size, parameters=count, tell=tell)
     (folder / ADAPTER).parent.mkdir()
     write_tensors(folder / ADAPTER, adapter, None, tell)
+    name = next(name for name, value in model.named_parameters() if value is table)
+    own = stored.read(name)[list(model.brackets.ids)].to(table.dtype)
+    write_marks(folder, own, stored.read("brackets.weight"))
     write_settings(folder, settings)
     stored.processor.save_pretrained(folder, layout="released")
 

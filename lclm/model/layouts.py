@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .attention import resolve
 from .configuration import LCLMConfig
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from .modeling import LCLMForConditionalGeneration
 
 ADAPTER = "adapter/adapter.safetensors"
+MARKS = "adapter/marks.safetensors"
+"""The decoder's own embeddings of the memory marks, where the brackets that took their rows are others. Only
+we read it; without it such a model would come back with another decoder."""
 PARTS = ("encoder", "adapter", "decoder")
 _WEIGHTS = ("safetensors", "bin", "pt", "pth")
 _HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
 _LOAD = ("dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "quantization_config")
+_log = logging.get_logger(__name__)
 
 
 def released_folder(name_or_path: Any, weights: Sequence[str] = PARTS, **kwargs: Any) -> Path | None:
@@ -115,6 +119,9 @@ def from_released(
     read = AutoModel.from_pretrained(folder / "encoder", **load) if encoder else None
     decoder = AutoModelForCausalLM.from_pretrained(folder / "decoder", **load)
     model = assemble(cls, config, read, decoder)
+    if (rows := read_marks(folder)) is not None:
+        table = decoder.get_input_embeddings().weight.data
+        table[list(model.brackets.ids)] = rows.to(table)
     model.name_or_path = str(folder)
     if encoder:
         _read_adapter(model, folder)
@@ -175,12 +182,13 @@ def save_released(
         part, _, rest = name.partition(".")
         if part in parts:
             parts[part][rest] = value
-    _write_brackets(model, parts)
+    own = _write_brackets(model, parts)
     model.decoder.generation_config = model.generation_config
     model.encoder.save_pretrained(folder / "encoder", state_dict=parts["encoder"], **kwargs)
     model.decoder.save_pretrained(folder / "decoder", state_dict=parts["decoder"], **kwargs)
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in parts["adapter"].items()}, folder / ADAPTER)
+    write_marks(folder, own, parts["brackets"]["weight"])
     write_settings(folder, settings)
 
 
@@ -193,6 +201,10 @@ def released_settings(config: LCLMConfig) -> dict[str, Any]:
         )
     if config.position_in_block:
         raise ValueError("the released layout has no place for position_in_block; save with layout='native'")
+    if len(config.ratios) > 1:
+        _log.warning(
+            f"the released layout holds one ratio, {config.ratio}, of those the model is for: {config.ratios}"
+        )
     settings = {
         "compression_ratio": config.ratio,
         "encoder_window_size": config.window,
@@ -212,14 +224,30 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "config.json").unlink(missing_ok=True)
 
 
-def _write_brackets(model: LCLMForConditionalGeneration, parts: dict[str, dict[str, Tensor]]) -> None:
-    """Put the brackets into (a copy of) the decoder's embedding table, wherever it appears."""
+def write_marks(folder: Path, own: Tensor, brackets: Tensor) -> None:
+    """Keep the decoder's own embeddings of the marks [2, K] if the brackets in their rows are others."""
+    (folder / MARKS).unlink(missing_ok=True)
+    if not torch.equal(own, brackets.to(own)):
+        save_file({"rows": own.contiguous()}, folder / MARKS)
+
+
+def read_marks(folder: Path) -> Tensor | None:
+    """The decoder's own embeddings of the marks; None where the brackets are these."""
+    path = folder / MARKS
+    return load_file(path)["rows"] if path.is_file() else None
+
+
+def _write_brackets(model: LCLMForConditionalGeneration, parts: dict[str, dict[str, Tensor]]) -> Tensor:
+    """Put the brackets into (a copy of) the decoder's embedding table, wherever it appears. Returns the rows
+    that were there."""
     decoder = model.decoder
     table = decoder.get_input_embeddings().weight
     names = [name for name, value in decoder.named_parameters(remove_duplicate=False) if value is table]
     present = [name for name in names if name in parts["decoder"]]
     written = parts["decoder"][present[0]].clone()
-    brackets = parts["brackets"]["weight"].to(written)
-    written[list(model.brackets.ids)] = brackets
+    rows = list(model.brackets.ids)
+    own = written[rows]
+    written[rows] = parts["brackets"]["weight"].to(written)
     for name in present:
         parts["decoder"][name] = written
+    return own

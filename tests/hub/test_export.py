@@ -114,6 +114,19 @@ def test_there_and_back_keeps_every_bit(tmp_path: Path, fixture: str) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_learned_brackets_leave_the_decoder_as_it_was(tmp_path: Path) -> None:
+    model = LCLMForConditionalGeneration.from_pretrained(CHECKPOINT)
+    with torch.no_grad():
+        model.brackets.weight.add_(1)
+    model.save_pretrained(tmp_path / "model")
+    LCLMProcessor.from_pretrained(CHECKPOINT).save_pretrained(tmp_path / "model")
+    released = export_run(tmp_path / "model", tmp_path / "released", layout="released")
+    assert files(released) == files(save(tmp_path / "whole", tmp_path / "model", layout="released"))
+    again = export_run(released, tmp_path / "again")
+    assert files(again) == files(tmp_path / "model")
+    assert files(again) == files(save(tmp_path / "same", released, layout="native"))
+
+
 def test_tied_embeddings_and_places_in_a_block(tmp_path: Path) -> None:
     part = LCLMForConditionalGeneration.read_config(CHECKPOINT).decoder_config.to_dict()
     part = {name: value for name, value in part.items() if name not in ("architectures", "dtype")}

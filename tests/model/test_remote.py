@@ -40,14 +40,25 @@ def load(folder):
 
 
 def built(case):
-    """Model and processor: of a fixture, or of the tiny recipe, new."""
+    """Model and processor: of a fixture, or of the tiny recipe, trained for three steps; "apart": with what
+    the released layout can hold."""
     if case in CASES:
         return tuple(
             cls.from_pretrained(FIXTURES / case) for cls in (LCLMForConditionalGeneration, LCLMProcessor)
         )
-    tokenizer = f"model.decoder.tokenizer={FIXTURES / SHARDED / 'decoder'}"
-    settings = load_recipe(shipped_recipes() / "tiny.yaml", [tokenizer]).model
-    return build_model(settings).eval(), build_processor(settings)
+    overrides = [f"model.decoder.tokenizer={FIXTURES / SHARDED / 'decoder'}"]
+    if case == "apart":
+        overrides += ["model.tie_embeddings=false", "model.position_in_block=false", "model.ratios=[4]"]
+    settings = load_recipe(shipped_recipes() / "tiny.yaml", overrides).model
+    model, processor = build_model(settings), build_processor(settings)
+    answer = [*MESSAGES, {"role": "assistant", "content": "It adds."}]
+    batch = processor.apply_chat_template(answer, return_labels=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), processor
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +66,14 @@ def loaded_elsewhere(tmp_path_factory):
     """{checkpoint: (what it answers here, what it answers without lclm)}, and the folder of checkpoints."""
     folder = tmp_path_factory.mktemp("checkpoints")
     here, todo = {}, {}
-    for case in [*CASES, "tiny"]:
+    for case in [*CASES, "tiny", "apart"]:
         model, processor = built(case)
+        if case == "apart":
+            model.save_pretrained(folder / "first")
+            model.save_pretrained(folder / "released", layout="released")
+            processor.save_pretrained(folder / "released", layout="released")
+            here["trained"] = remote.answers(model, processor, prompts_of(case), MESSAGES)
+            model, processor = load(folder / "released")
         model.save_pretrained(folder / case, max_shard_size="100KB" if case == SHARDED else "1GB")
         processor.save_pretrained(folder / case)
         here[case] = remote.answers(model, processor, prompts_of(case), MESSAGES)
@@ -70,18 +87,35 @@ def loaded_elsewhere(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     there = {
         case: (load_file(folder / f"{case}.safetensors"), json.loads((folder / f"{case}.json").read_text()))
-        for case in here
+        for case in todo
     }
     return here, there, folder
 
 
-@pytest.mark.parametrize("case", [*CASES, "tiny"])
+@pytest.mark.parametrize("case", [*CASES, "tiny", "apart"])
 def test_answers_are_the_same_where_lclm_is_not(case, loaded_elsewhere):
     here, there, _ = loaded_elsewhere
     (tensors, rest), (others, other) = here[case], there[case]
     assert set(tensors) == set(others)
     assert {name for name in tensors if not torch.equal(tensors[name], others[name])} == set()
     assert rest.items() <= other.items()
+
+
+def test_a_trained_model_keeps_every_bit_through_the_released_layout(loaded_elsewhere):
+    """native -> released -> native, with brackets that are not the decoder's embeddings of the marks."""
+    here, _, folder = loaded_elsewhere
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("first", "apart"))
+    table = before["decoder.model.embed_tokens.weight"]
+    marks = LCLMConfig.from_pretrained(folder / "first")
+    assert not torch.equal(table[[marks.memory_start_id, marks.memory_end_id]], before["brackets.weight"])
+    assert set(before) == set(after)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set()
+    (trained, rest), (tensors, other) = here["trained"], here["apart"]
+    assert all(torch.equal(value, tensors[name]) for name, value in trained.items())
+    assert rest == other
+    with torch.no_grad():
+        reader = LCLMForConditionalGeneration.from_pretrained(folder / "released", encoder=False)
+    assert torch.equal(reader.get_input_embeddings().weight, table)
 
 
 def test_a_pipeline_comes_with_the_checkpoint(loaded_elsewhere):
