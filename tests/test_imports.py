@@ -22,7 +22,7 @@ ALLOWED = {
     "lclm.checkpoint": {"lclm.model"},
     "lclm.stored": {"lclm.model"},
     "lclm.eval": {"lclm.settings", "lclm.model", "lclm.checkpoint"},
-    "lclm.hub": {"lclm.settings", "lclm.model", "lclm.checkpoint", "lclm.stored"},
+    "lclm.hub": {"lclm.settings", "lclm.model", "lclm.checkpoint", "lclm.stored", "lclm.eval"},
     "lclm.train": {
         "lclm.settings",
         "lclm.model",
