@@ -44,6 +44,7 @@ class Compressed:
 
     name: what its source is called. sha256: of the source text in UTF-8, in hex. characters, tokens (of the
     encoder): the source's length. latents: ceil(tokens / ratio). licence: of the source, if it was given.
+    ValueError for what cannot be.
     """
 
     name: str
@@ -53,6 +54,10 @@ class Compressed:
     latents: int
     ratio: int
     licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if problem := _wrong(self):
+            raise ValueError(problem)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +233,8 @@ def _read(data: bytes) -> dict[str, Any]:
     try:
         memories = tuple(Compressed(**memory) for memory in header["memories"])
         tensors = load(data)
+    except ValueError:
+        raise
     except Exception as error:
         raise ValueError(f"it cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
     if set(tensors) != {"latents", "starts", "windows"}:
@@ -247,9 +254,8 @@ def _problem(artifact: Artifact) -> str | None:
             return f"its geometry's {name} is {str(geometry[name])[:40]!r}"
     if geometry["window"] < 1 or not memories:
         return "it has no memory" if not memories else "its window is 0"
-    for memory in memories:
-        if problem := _wrong(memory):
-            return problem
+    if not all(isinstance(memory, Compressed) for memory in memories):
+        return "its memories are not all Compressed"
     tensors = (artifact.latents, artifact.starts, artifact.windows)
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return "latents, starts and windows must be tensors"

@@ -17,8 +17,9 @@ from .artifact import Artifact, Compressed
 from .fingerprint import StoredWeights, fingerprints
 from .spans import Geometry, Span, Window, cut, fill_rows, lay_out_windows
 
-ROWS = 16
-"""Encoder rows that compress runs at once, unless config.max_rows_per_forward says otherwise."""
+ROW_TOKENS = 1 << 14
+"""What compress encodes at once, unless config.max_rows_per_forward says otherwise."""
+_SAMPLED = 16
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Compression:
     adapter: Any
     block_position: Any
     _rows: Any
-    _known_fingerprints: tuple[list[tuple[int, int]], dict[str, str]] | None = None
+    _known_fingerprints: tuple[Any, dict[str, str]] | None = None
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ class Compression:
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if stated := getattr(model.config, "fingerprints", None):
-            model._known_fingerprints = model._versions(), dict(stated)
+            model._known_fingerprints = model._seen(), dict(stated)
         return loaded
 
     def fingerprints(self) -> dict[str, str]:
@@ -57,13 +58,23 @@ class Compression:
         What the checkpoint states while no weight has changed since it was loaded; otherwise computed, for
         parts that are not loaded (encoder=False) from the checkpoint's files.
         """
-        versions = self._versions()
-        if self._known_fingerprints is None or self._known_fingerprints[0] != versions:
-            self._known_fingerprints = versions, self._compute_fingerprints()
+        seen = self._seen()
+        if self._known_fingerprints is None or self._known_fingerprints[0] != seen:
+            self._known_fingerprints = seen, self._compute_fingerprints()
         return dict(self._known_fingerprints[1])
 
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(id(weight), weight._version) for weight in self.parameters()]  # type: ignore[attr-defined]
+    def _seen(self) -> tuple[list[tuple[int, int]], bytes]:
+        """What changes when a weight does: which tensors there are, how often each was written, and a few of
+        its values, for writes through `.data`."""
+        weights = list(self.parameters())  # type: ignore[attr-defined]
+        held = [weight.detach() for weight in weights if not weight.is_meta]
+        some = [
+            weight.view(-1)[:: max(weight.numel() // _SAMPLED, 1)]
+            for weight in held
+            if weight.is_contiguous()
+        ]
+        values = torch.cat([values.float().cpu() for values in some]) if some else torch.empty(0)
+        return [(id(weight), weight._version) for weight in weights], values.numpy().tobytes()
 
     def _compute_fingerprints(self) -> dict[str, str]:
         model: Any = self
@@ -170,7 +181,8 @@ class Compression:
         done = len(windows) - len(wanted)
         progress(done, len(windows))
         lengths = [len(windows[number].ids) for number in wanted]
-        for group in _groups(lengths, geometry, self.config.max_rows_per_forward or ROWS):
+        rows = self.config.max_rows_per_forward or max(ROW_TOKENS // geometry.row_length, 1)
+        for group in _groups(lengths, geometry, rows):
             numbers = [wanted[place] for place in group]
             pooled, sizes = self._pool([windows[number] for number in numbers], geometry)
             made = self.adapter(pooled, None).cpu() if alone else pooled
