@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -133,7 +132,7 @@ def _source(run: Path, stage: str | None) -> Path:
 def _complete(folder: Path) -> bool:
     """Whether a native checkpoint says what its weights are; those of older versions do not."""
     config = folder / "config.json"
-    return not config.is_file() or "fingerprints" in json.loads(config.read_text(encoding="utf-8"))
+    return not config.is_file() or "fingerprints" in read_json(config)
 
 
 def _whole_or_nothing(output: Path, write: Callable[[Path], Any]) -> None:

@@ -6,7 +6,8 @@ What learned is in the checkpoint (lclm.train.masters), what was frozen in the s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lclm.checkpoint import STATE, RunFolder, StageFolder, damage, read_json, weights_fingerprint
+from lclm.checkpoint import (
+    STATE,
+    RunFolder,
+    StageFolder,
+    changed,
+    damage,
+    read_json,
+    weights_fingerprint,
+)
 from lclm.settings import unknown_name
 from lclm.stored import Read, StoredModel, Tensors, aliases, in_memory, match, open_stored
 from lclm.train.engine import TAG
@@ -37,14 +46,26 @@ def open_checkpoint(
     index, name = _begun(recipe, run, stage)
     folder = run.stage(index, name)
     start = run.stage(index - 1, list(recipe.stages)[index - 1]).export if index else None
-    if not folder.candidates() and folder.done.is_file() and step is None:
+    if folder.done.is_file() and step is None:
         say(f"stage {name} is complete: exporting what it ended with")
+        wrong = changed(folder.export, read_json(folder.done).get("export", {}))
+        if wrong:
+            raise ValueError(f"the export of a complete stage is damaged: {wrong}. Put it back from a copy")
         return open_stored(folder.export)
-    checkpoint, files = _whole_checkpoint(folder, step, say)
-    say(f"exporting {checkpoint.name} of stage {name}")
+    saved = _whole_checkpoint(folder, step, say)
+    say(f"exporting {saved.path.name} of stage {name}")
     recipe = copy.deepcopy(recipe)
     recipe.model.attention = "sdpa"  # weights need no kernel, nor a machine that has one
-    return _open(recipe, recipe.stages[name], start, checkpoint, files, say)
+    return _open(recipe, recipe.stages[name], start, saved, say)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, its files, open, as a run may remove it meanwhile, and the print of what was frozen."""
+
+    path: Path
+    files: Files
+    frozen: str
 
 
 def _begun(recipe: Any, run: RunFolder, stage: str | None) -> tuple[int, str]:
@@ -61,8 +82,8 @@ def _begun(recipe: Any, run: RunFolder, stage: str | None) -> tuple[int, str]:
     raise ValueError(f"{run.path}: there is no checkpoint yet; train it until the first is written")
 
 
-def _whole_checkpoint(folder: StageFolder, step: int | None, say: Say) -> tuple[Path, Files]:
-    """A checkpoint whose files are what was written, and its files, open: a run may remove it meanwhile."""
+def _whole_checkpoint(folder: StageFolder, step: int | None, say: Say) -> Saved:
+    """A checkpoint whose files are what was written: that of `step`, or the newest."""
     there = folder.candidates()
     if step is not None and folder.checkpoint(step) not in there:
         steps = sorted(int(path.name.rpartition("-")[2]) for path in there)
@@ -76,27 +97,30 @@ def _whole_checkpoint(folder: StageFolder, step: int | None, say: Say) -> tuple[
             + ", ".join(str(other) for other in steps)
         )
     for path in there if step is None else [folder.checkpoint(step)]:
-        files = _open_files(path / TAG)
         say(f"verifying {path.name}")
-        wrong = damage(path)
-        if wrong is None:
-            return path, files
+        found = _verify(path)
+        if isinstance(found, Saved):
+            return found
         if step is not None:
-            raise ValueError(f"the checkpoint is damaged and is not exported: {wrong}. Name another --step")
-        say(f"checkpoint {path.name} is damaged and is not used: {wrong}")
+            raise ValueError(f"the checkpoint is damaged and is not exported: {found}. Name another --step")
+        if not path.exists():
+            say(f"the run went on and removed {path.name}")
+            return _whole_checkpoint(folder, step, say)
+        say(f"checkpoint {path.name} is damaged and is not used: {found}")
     raise ValueError(f"{folder.path} holds no checkpoint that is whole; train on until the next is written")
 
 
-def _open_files(folder: Path) -> Files:
+def _verify(path: Path) -> Saved | str:
+    """An opened checkpoint, or what is wrong with it."""
     try:
-        return {path.name: path.open("rb") for path in folder.glob("*.pt")}
+        files: Files = {file.name: file.open("rb") for file in (path / TAG).glob("*.pt")}
+        wrong = damage(path)
+        return wrong or Saved(path, files, read_json(path / STATE)["identity"]["frozen"])
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} was removed meanwhile: the run goes on; try again") from None
+        return f"{error.filename} is missing"
 
 
-def _open(
-    recipe: Any, stage: Any, start: Path | None, checkpoint: Path, files: Files, say: Say
-) -> StoredModel:
+def _open(recipe: Any, stage: Any, start: Path | None, saved: Saved, say: Say) -> StoredModel:
     from lclm.model.build import build_empty, components
 
     model = build_empty(start_settings(recipe, start))
@@ -104,19 +128,19 @@ def _open(
     prepare(trained, stage, recipe.engine.activation_checkpointing)
     names = {id(parameter): name for name, parameter in trained.named_parameters()}
     groups = parameter_groups(components(trained), stage.learn, embedding_ids(trained))
-    learned = find_masters(files, [[names[id(p)] for p in group["params"]] for group in groups])
+    learned = find_masters(saved.files, [[names[id(p)] for p in group["params"]] for group in groups])
     frozen = {name: _plain(name) for name, p in trained.named_parameters() if not p.requires_grad}
     learning = names.values() - frozen.keys()
     if learned.keys() != learning:
         wrong = sorted(learned.keys() ^ learning)
         raise ValueError(
-            f"{checkpoint} does not fit its stage: {len(wrong)} weights differ from those that learn, for "
+            f"{saved.path} does not fit its stage: {len(wrong)} weights differ from those that learn, for "
             f"example {', '.join(wrong[:3])}; was it written by another recipe?"
         )
     same = aliases(model)
     needed = {name for name in same if not learned.keys() & set(same[name])}
     begun = _at_start(recipe, start, model, needed, say)
-    _check_frozen(checkpoint, {name: partial(_in_fp32, begun, plain) for name, plain in frozen.items()})
+    _check_frozen(saved, {name: partial(_in_fp32, begun, plain) for name, plain in frozen.items()})
     layers = _lora_layers(trained)
 
     def read(name: str) -> Tensor:
@@ -141,10 +165,10 @@ def _in_fp32(read: Read, name: str) -> Tensor:
     return read(name).float()
 
 
-def _check_frozen(checkpoint: Path, frozen: dict[str, Callable[[], Tensor]]) -> None:
-    if weights_fingerprint(frozen.items()) != read_json(checkpoint / STATE)["identity"]["frozen"]:
+def _check_frozen(saved: Saved, frozen: Mapping[str, Callable[[], Tensor]]) -> None:
+    if weights_fingerprint(frozen.items()) != saved.frozen:
         raise ValueError(
-            f"{checkpoint}: the frozen weights that its stage starts from are not those it was trained on; "
+            f"{saved.path}: the frozen weights that its stage starts from are not those it was trained on; "
             "restore the files that `model` names, or the export of the stage before"
         )
 
