@@ -46,6 +46,7 @@ ALLOWED = {
         "lclm.ask",
         "lclm.memory",
         "lclm.model",
+        "lclm.checkpoint",
         "lclm.data",
         "lclm.train",
         "lclm.eval",

@@ -10,30 +10,41 @@ from typing import Any
 
 import pytest
 
+import lclm.hub.publish
 import lclm.hub.remote
 from lclm.cli import main
 from lclm.hub.publish import prepare, publish
 from lclm.hub.remote import Remote, scrub
 from tests.hub.conftest import environment, log_in
 from tests.hub.material import make_run
-from tests.hub.server import Blob, Fault, HubServer, Repo
+from tests.hub.repos import Blob, Repo
+from tests.hub.server import Fault, HubServer
 
 ROOT = Path(__file__).parent.parent.parent
 LOAD = """
-import json, sys, torch
-from lclm import LCLMForConditionalGeneration, LCLMProcessor
+import json, sys
+from tests.model.remote import Without
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 found = {}
-for name, revision in [(sys.argv[1], sys.argv[2]), (sys.argv[1], sys.argv[3]), (sys.argv[4], None)]:
-    at = {"revision": revision} if revision else {}
-    import lclm.model
-    model = AutoModelForCausalLM.from_pretrained(name, **at).eval()
-    processor = AutoProcessor.from_pretrained(name, **at)
+for revision in sys.argv[2:]:
+    name, at = (sys.argv[1], {"revision": revision}) if revision[:1] != "/" else (revision, {})
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, **at).eval()
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, **at)
     inputs = processor(text="read <|memory_start|>some text<|memory_end|> and say", return_tensors="pt")
     with torch.no_grad():
-        found[f"{revision}"] = model(**inputs).logits.double().sum().item()
+        found[revision] = [model(**inputs).logits.double().sum().item()]
+    found[revision] += model.generate(**inputs, max_new_tokens=5, do_sample=False)[0].tolist()
+assert not [name for name in sys.modules if name.partition(".")[0] == "lclm"]
 print(json.dumps(found))
 """
+
+
+@pytest.fixture(autouse=True)
+def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; the whole report is drawn where the command runs in its own."""
+    monkeypatch.setattr(lclm.hub.publish, "PLOTS", ("saved",))
 
 
 def send(run: Path, repo: str = "acme/tiny", **options: Any) -> str:
@@ -47,8 +58,8 @@ prepared = functools.cache(prepare)
 
 
 def test_from_a_run_to_the_hub_and_back(hub: HubServer, published_run: Path, tmp_path: Path) -> None:
-    """The command, in a process of its own; then another loads both stages by repository and tag. One fault
-    makes huggingface_hub warn of a signed address, which is not to be shown."""
+    """The command, in a process of its own; then another, without lclm, loads both stages by repository and
+    tag. One fault makes huggingface_hub warn of a signed address, which is not to be shown."""
     hub.fail("PUT", "store", status=500)
     lclm = [sys.executable, "-m", "lclm", "publish", str(published_run), "--repo", "acme/tiny"]
     done = subprocess.run(
@@ -69,12 +80,12 @@ def test_from_a_run_to_the_hub_and_back(hub: HubServer, published_run: Path, tmp
     assert files["report/saved.png"].startswith(b"\x89PNG") and b"## Evaluation" in files["README.md"]
 
     loaded = subprocess.run(
-        [sys.executable, "-c", LOAD, "acme/tiny", "scratch", "adapter", str(export)],
+        [sys.executable, "-c", LOAD, "acme/tiny", "scratch", "adapter", str(export.resolve())],
         env=environment(hub, tmp_path / "empty"), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert loaded.returncode == 0, loaded.stderr
-    sums = json.loads(loaded.stdout)
-    assert sums["adapter"] == sums["None"] != sums["scratch"]
+    sums = json.loads(loaded.stdout.splitlines()[-1])
+    assert sums["adapter"] == sums[str(export)] != sums["scratch"]
 
 
 def test_published_again_nothing_is_sent(hub: HubServer, published_run: Path) -> None:
