@@ -140,6 +140,8 @@ def _open(recipe: Any, stage: Any, start: Path | None, saved: Saved, say: Say) -
     same = aliases(model)
     needed = {name for name in same if not learned.keys() & set(same[name])}
     begun = _at_start(recipe, start, model, needed, say)
+    if frozen:
+        say(f"comparing {len(frozen):,} frozen weights with those it was trained on")
     _check_frozen(saved, {name: partial(_in_fp32, begun, plain) for name, plain in frozen.items()})
     layers = _lora_layers(trained)
 

@@ -132,7 +132,7 @@ def test_damage_is_named_and_passed_over(unfinished, tmp_path):
         exported(unfinished, tmp_path / "out", step=4)
     said = exported(unfinished, tmp_path / "out")
     assert "step-00000004 is damaged and is not used" in said[1]
-    assert said[-1] == "exporting step-00000002 of stage lora"
+    assert "exporting step-00000002 of stage lora" in said
     assert folder.checkpoint(4).is_dir()
 
 

@@ -24,11 +24,11 @@ from lclm.train.engine import import_deepspeed
 from lclm.train.weights import open_checkpoint
 
 CHECKPOINT = Path(__file__).parent.parent / "conformance" / "fixtures" / "mean-4x"
-LARGER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "layer_types": None}
+LARGER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "layer_types": None}
 
 
 def large_model() -> Any:
-    """The conformance fixture's model with 16 layers of width 512 in either part, without values."""
+    """The conformance fixture's model with 12 layers of width 512 in either part, without values."""
     config = LCLMForConditionalGeneration.read_config(CHECKPOINT)
     parts = [
         type(part)(**{**part.to_dict(), **LARGER}) for part in (config.encoder_config, config.decoder_config)
@@ -79,9 +79,11 @@ def main() -> None:
     """What the module's text says."""
     source, output, layout, shard = sys.argv[1:]
     export_run(CHECKPOINT, Path(output + ".first"), shard_size="1MB")  # imports all that it needs
-    import_deepspeed()
-    run, before = RunFolder(Path(source)), most_in_memory()
-    weights = open_checkpoint(Recipe.read(run.recipe), run) if run.recipe.is_file() else None
+    run, training = RunFolder(Path(source)), RunFolder(Path(source)).recipe.is_file()
+    if training:
+        import_deepspeed()
+    before = most_in_memory()
+    weights = open_checkpoint(Recipe.read(run.recipe), run) if training else None
     export_run(run.path, Path(output), layout=layout, shard_size=shard, weights=weights)
     print(json.dumps({"before": before, "after": most_in_memory()}))
 

@@ -219,7 +219,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(run: Path, tmp_path: Path) -> N
 
 
 def test_memory_is_that_of_a_few_shards(tmp_path: Path) -> None:
-    shard = 30 * 2**20
+    shard = 20 * 2**20
     peak.write_large(tmp_path / "large")
     assert peak.measure(tmp_path / "large", tmp_path / "out", "released", shard) < 3 * shard
 
