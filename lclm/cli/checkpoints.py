@@ -155,17 +155,19 @@ def publish(
     no_loading_bars(str(source))
     remote = Remote(repo, say)
     options = CardOptions(licence, base_model or [], language or [], samples)
-    revisions = prepare(
-        source,
-        repo,
-        stage=stage,
-        all_stages=all_stages,
-        layout=layout,
-        dtype=dtype,
-        tags=tag or [],
-        options=options,
-        local=dry_run,
-    )
+    with written_bytes() as progress:
+        revisions = prepare(
+            source,
+            repo,
+            stage=stage,
+            all_stages=all_stages,
+            layout=layout,
+            dtype=dtype,
+            tags=tag or [],
+            options=options,
+            local=dry_run,
+            progress=progress,
+        )
     if dry_run:
         typer.echo(describe(revisions, remote, private=private, collection=collection))
         return

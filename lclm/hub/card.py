@@ -60,33 +60,41 @@ def _loading(facts: Facts, repo: str, revision: str | None) -> str:
     at = f', revision="{revision}"' if revision else ""
     if facts.layout == "native":
         load = (
-            "from transformers import AutoModelForCausalLM, AutoProcessor\n\n"
+            "from transformers import AutoModelForCausalLM, AutoProcessor, pipeline\n\n"
             f'name = "{repo}"\n'
             f'model = AutoModelForCausalLM.from_pretrained(name{at}, dtype="auto", trust_remote_code=True)\n'
             f"processor = AutoProcessor.from_pretrained(name{at}, trust_remote_code=True)"
         )
-        note = "`trust_remote_code` is not needed where lclm is installed and imported (`import lclm.model`)."
+        short = (
+            f"\n\nIn one call:\n\n```python\npipe = pipeline(model=name{at}, trust_remote_code=True)\n"
+            'print(pipe(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"])\n```'
+        )
+        note = (
+            "`trust_remote_code=True` runs the Python files of this repository: read them first. It needs "
+            "torch and transformers only. Where lclm is installed, `import lclm.model` makes the same calls "
+            "work without it."
+        )
     else:
         load = (
             "from lclm import LCLMForConditionalGeneration, LCLMProcessor\n\n"
-            f'model = LCLMForConditionalGeneration.from_pretrained("{repo}"{at}, dtype="auto")\n'
-            f'processor = LCLMProcessor.from_pretrained("{repo}"{at})'
+            f'name = "{repo}"\n'
+            f'model = LCLMForConditionalGeneration.from_pretrained(name{at}, dtype="auto")\n'
+            f"processor = LCLMProcessor.from_pretrained(name{at})"
         )
+        short = ""
         note = "This is the released layout (`encoder/`, `adapter/`, `decoder/`), which lclm reads."
     return f"""## How to load
 
 ```python
 {load}
 
-document = open("report.txt").read()
-memory = {{"type": "memory", "text": document}}  # read as latents; other parts are read as they are
-question = {{"type": "text", "text": "What was the profit?"}}
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": [memory, question]}}], add_generation_prompt=True, return_tensors="pt"
-)
+memory = {{"type": "memory", "text": open("report.txt").read()}}  # read as latents
+question = {{"type": "text", "text": "What was the profit?"}}  # read as it is
+messages = [{{"role": "user", "content": [memory, question]}}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True)
 output = model.generate(**inputs, max_new_tokens=256)
 print(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
+```{short}
 
 {note} On the command line: `lclm generate {repo} --memory report.txt --prompt "What was the profit?"`."""
 

@@ -35,6 +35,7 @@ BESIDE = ("README.md", RECORD, "recipe.yaml", "report/")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 KEPT = re.compile(r"\.gitattributes|(?i:licen[cs]e|notice)[^/]*")
 """What is never removed from a repository."""
+MAIN = "main"
 TAG = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}")
 
 
@@ -80,16 +81,17 @@ def prepare(
     tags: Iterable[str] = (),
     options: CardOptions | None = None,
     local: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Revision]:
     """What is to be published, in order; the last is what readers get without naming a revision.
 
     source: a run folder (its last complete stage, `stage`, or all of them, each tagged with its name) or an
-    exported one. layout, dtype: see export_run. local: no network at all, so that data sets that lie
-    elsewhere are not on the card; otherwise their manifests are read. Raises ValueError for what is not
+    exported one. layout, dtype, progress: see export_run. local: no network at all, so that data sets that
+    lie elsewhere are not on the card; otherwise their manifests are read. Raises ValueError for what is not
     there or does not go.
     """
     options, tags = options or CardOptions(), tuple(tags)
-    if wrong := [tag for tag in tags if not TAG.fullmatch(tag) or tag == "main"]:
+    if wrong := [tag for tag in tags if not TAG.fullmatch(tag) or tag == MAIN]:
         raise ValueError(f"--tag {wrong[0]}: use letters, digits and . _ + - (not main)")
     if not source.is_dir():
         raise ValueError(f"{source}: there is no such folder; give a run folder or an exported checkpoint")
@@ -107,8 +109,9 @@ def prepare(
     chosen = done if all_stages else [stage or done[-1]]
     revisions = []
     for name in chosen:
-        folder, made = _checkpoint(source, name, layout, dtype)
-        named = (name, *tags) if name == chosen[-1] else (name,)
+        folder, made = _checkpoint(source, name, layout, dtype, progress)
+        own = name if name != MAIN else f"stage-{name}"
+        named = (own, *tags) if name == chosen[-1] else (own,)
         revision = _revision(gather(folder, source, name, local=local), folder, repo, named, options)
         revisions.append(replace(revision, made=made))
     return revisions
@@ -118,7 +121,9 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() or (folder / "model_config.json").is_file()
 
 
-def _checkpoint(run: Path, stage: str, layout: str, dtype: str | None) -> tuple[Path, Path | None]:
+def _checkpoint(
+    run: Path, stage: str, layout: str, dtype: str | None, progress: Callable[[int, int], None] | None
+) -> tuple[Path, Path | None]:
     """(folder of a stage's checkpoint, the same if it had to be made). One that was made is used again."""
     export = find_export(run, stage)
     if damaged := changed(export, read_json(export.parent / "done.json").get("export", {})):
@@ -129,7 +134,7 @@ def _checkpoint(run: Path, stage: str, layout: str, dtype: str | None) -> tuple[
     state = hashlib.sha256((export.parent / "done.json").read_bytes() + __version__.encode()).hexdigest()[:12]
     folder = run / "publish" / "-".join([stage, layout, dtype or "stored", state])
     if not folder.is_dir():
-        export_run(run, folder, stage=stage, layout=layout, dtype=dtype)
+        export_run(run, folder, stage=stage, layout=layout, dtype=dtype, progress=progress)
     return folder, folder
 
 
@@ -242,15 +247,15 @@ def _may_go_on(
         )
     files = remote.files(found["sha"])
     if RECORD in files:
-        record = json.loads(remote.read(RECORD, found["sha"]))
-        theirs, ours = record.get("model") or {}, revision.model
+        record = _record(remote.read(RECORD, found["sha"]))
+        theirs, ours = record["model"], revision.model
         other = [key for key in ours if ours[key] and theirs.get(key) and ours[key] != theirs[key]]
         if other and not overwrite:
             raise ValueError(
                 f"{remote.name} holds another model (its {other[0]} differs); give another --repo, or "
                 "--overwrite to replace it (older commits stay readable there)"
             )
-        return [str(path) for path in record.get("files") or []]
+        return list(record["files"])
     if any(path.endswith(WEIGHTS) for path in files):
         if not overwrite:
             raise ValueError(
@@ -259,6 +264,15 @@ def _may_go_on(
             )
         return [path for path in files if not KEPT.fullmatch(path)]
     return []
+
+
+def _record(content: bytes) -> dict[str, Any]:
+    """What `publication.json` says; of one that says nothing, that it is of some other model."""
+    try:
+        record = json.loads(content)
+        return {"model": dict(record["model"]), "files": [str(path) for path in record["files"]]}
+    except (ValueError, KeyError, TypeError):
+        return {"model": {"architecture": "not known"}, "files": []}
 
 
 def _tagged(
