@@ -18,7 +18,7 @@ ALLOWED = {
     "lclm.__main__": {"lclm.cli", "lclm.train.ends"},
     "lclm.settings": set(),
     "lclm.model": set(),
-    "lclm.data": {"lclm.settings", "lclm.model.spans", "lclm.model.text"},
+    "lclm.data": {"lclm.settings", "lclm.model.spans", "lclm.model.text", "lclm.model.windows"},
     "lclm.checkpoint": {"lclm.model"},
     "lclm.stored": {"lclm.model"},
     "lclm.eval": {"lclm.settings", "lclm.model", "lclm.checkpoint"},
@@ -120,9 +120,11 @@ def test_only_the_command_line_imports_the_pipelines() -> None:
 
 
 def test_spans_need_numpy_only() -> None:
-    source = ROOT / "lclm" / "model" / "spans.py"
     standard = {*sys.stdlib_module_names, "numpy", "__future__"}
-    assert {name.split(".")[0] for name in imported("lclm.model.spans", source)} <= standard
+    for module in ("spans", "windows"):
+        source = ROOT / "lclm" / "model" / f"{module}.py"
+        names = set(imported(f"lclm.model.{module}", source)) - {"lclm.model.spans", "lclm.model.windows"}
+        assert {name.split(".")[0] for name in names} <= standard
 
 
 @pytest.mark.parametrize("statement", ["import lclm", "import lclm.cli", "import lclm.settings"])

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from lclm.data.settings import PackSettings
-from lclm.model.spans import Geometry, Size, fill_rows
+from lclm.model.spans import Geometry, Size
+from lclm.model.windows import fill_rows
 
 
 class Room:

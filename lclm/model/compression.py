@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .artifact import Artifact, Compressed
 from .fingerprint import StoredWeights, fingerprints
-from .spans import Geometry, Span, Window, cut, fill_rows, lay_out_windows
+from .spans import Geometry, Span
+from .windows import Window, cut, fill_rows, lay_out_windows
 
 ROW_TOKENS = 1 << 14
 """What compress encodes at once, unless config.max_rows_per_forward says otherwise."""

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lclm.model.spans import NO_LOSS, Example, Geometry, Span, collate, fill_rows, lay_out, rows_needed
+from lclm.model.spans import NO_LOSS, Example, Geometry, Span, collate, lay_out
+from lclm.model.windows import fill_rows, rows_needed
 
 IDS = {
     "memory_start_id": 97,
