@@ -15,7 +15,7 @@ def compress(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...",
+            metavar="FILE",
             help="Files, folders, globs, or - for standard input; artifacts (.lclm) are joined as they are.",
         ),
     ],
