@@ -35,6 +35,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.fixture
+def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; the whole report is drawn where the command runs in its own."""
+    import lclm.hub.publish
+
+    monkeypatch.setattr(lclm.hub.publish, "PLOTS", ("validation",))
+
+
+@pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that were asked for, none of which is taken."""
     taken: list[float] = []

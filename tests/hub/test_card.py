@@ -103,6 +103,7 @@ def test_text_of_documents_breaks_nothing(hub: HubServer, tmp_path: Path) -> Non
     assert "\n# Title" not in made.text
 
 
+@pytest.mark.usefixtures("one_plot")
 def test_a_recipe_is_shown_without_secrets_and_places(tmp_path: Path) -> None:
     key = "AKIAVERYSECRET"
     data = {"sources": {"s": {"path": f"https://{key}:{key}@store.example/x?X-Amz-Signature={key}"}}}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import lclm.hub.publish
 import lclm.hub.remote
 from lclm.cli import main
 from lclm.hub.publish import prepare, publish
@@ -41,10 +40,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(autouse=True)
-def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process; the whole report is drawn where the command runs in its own."""
-    monkeypatch.setattr(lclm.hub.publish, "PLOTS", ("saved",))
+pytestmark = pytest.mark.usefixtures("one_plot")
 
 
 def send(run: Path, repo: str = "acme/tiny", **options: Any) -> str:
