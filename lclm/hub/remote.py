@@ -21,6 +21,8 @@ TRIES = 6
 LONGEST_PAUSE = 300.0
 LARGE = 8 << 20
 """Bytes from which a file is sent, and its arrival confirmed, before the next."""
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
+"""What hf_xet, whose errors are ConnectionErrors, says of a server's answer."""
 _SECRETS = (
     (re.compile(r"\bhf_\w{8,}"), "hf_***"),
     (re.compile(r"(?i)\b(bearer|basic)(\s+|%20)[^\s\"',;]+"), r"\1 ***"),
@@ -58,6 +60,8 @@ def status_of(error: BaseException) -> int | None:
     for inner in _chain(error):
         if isinstance(inner, HfHubHTTPError) and inner.response is not None:
             return int(inner.response.status_code)
+        if said := _XET_STATUS.search(str(inner)):
+            return int(said[1])
     return None
 
 
@@ -134,6 +138,8 @@ class Remote:
         said = said if len(said) <= 600 else f"{said[:600]} …"
         where, who = f"{self.api.endpoint}/{self.name}", f" as {self.user}" if self.user else ""
         again = "what arrived is kept there: run the same command again to go on"
+        if status == 404 and "xet-write-token" in said:
+            return f"{where}: has no Xet storage ({said}); set HF_HUB_DISABLE_XET=1, which uploads by LFS"
         if status == 401:
             return f"{where}: not allowed{who}: the token is missing, wrong or expired ({said}); {LOG_IN}"
         if status == 403:

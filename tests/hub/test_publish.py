@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import lclm.hub.remote
 from lclm.cli import main
@@ -192,6 +193,14 @@ def test_what_cannot_be_helped_is_said_plainly(
     monkeypatch.delenv("HF_TOKEN")
     refused("there is no token for")
     assert list(hub.repos) == ["acme/tiny"] and not hub.repos["acme/tiny"].tags
+
+
+def test_a_hub_without_xet_is_said_to_be_one(
+    hub: HubServer, published_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(ValueError, match=r"has no Xet storage .*404.*; set HF_HUB_DISABLE_XET=1"):
+        send(published_run)
 
 
 def test_secrets_are_not_shown(
