@@ -122,6 +122,16 @@ def test_the_command(unfinished, kept, tmp_path, capsys):
         assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+def test_a_run_may_remove_what_is_being_exported(unfinished, kept, tmp_path):
+    run = RunFolder(unfinished)
+    stored = open_checkpoint(Recipe.read(run.recipe), run)
+    run.stage(1, "lora").prune(0)
+    export_run(unfinished, tmp_path / "out", weights=stored)
+    assert weight_files(tmp_path / "out") == weight_files(kept / "stages" / "02-lora" / "export")
+    with pytest.raises(ValueError, match="holds no checkpoints: a complete stage has its export only"):
+        open_checkpoint(Recipe.read(run.recipe), run, stage="lora", step=4)
+
+
 def test_damage_is_named_and_passed_over(unfinished, tmp_path):
     folder = RunFolder(unfinished).stage(1, "lora")
     path = next(folder.checkpoint(4).rglob("*_optim_states.pt"))
