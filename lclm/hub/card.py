@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from huggingface_hub import ModelCard
 
-from lclm.hub.facts import PACKAGES, Facts, longest_memory, random_parts, unlicensed
+from lclm.hub.facts import PACKAGES, Facts, base_models, longest_memory, random_parts, unlicensed
 from lclm.hub.markdown import block, plain, table
 from lclm.hub.metadata import CardOptions, licence_name, metadata
 
@@ -104,7 +104,8 @@ def _architecture(facts: Facts) -> str:
     rows: list[tuple[str, str]] = []
     for part in ("encoder", "decoder"):
         inner = getattr(config, f"{part}_config")
-        shape = f"{inner.model_type}, {inner.num_hidden_layers} layers, width {inner.hidden_size}"
+        layers = f"{inner.num_hidden_layers} layer{'s' if inner.num_hidden_layers != 1 else ''}"
+        shape = f"{inner.model_type}, {layers}, width {inner.hidden_size}"
         rows.append((part, f"{shape}; {facts.parameters.get(part, 0):,} parameters"))
     adapter = config.adapter + (
         f", {config.adapter_layers} attention layers" if config.adapter_layers else ""
@@ -247,6 +248,8 @@ def _limitations(facts: Facts, options: CardOptions) -> str:
         lines.append("It has not been through all stages of its recipe.")
     if names := unlicensed(facts):
         lines.append(f"The licence of some training data was not noted: {', '.join(map(plain, names))}.")
+    if bases := options.base_model or base_models(facts):
+        lines.append(f"It was made from {' and '.join(map(plain, bases))}: see the licences there, too.")
     if options.licence is None:
         lines.append("No licence was stated for the model.")
     elif licence_name(options.licence) == "other":
