@@ -115,8 +115,8 @@ class Simulation:
             ("recipe, attention: null", self._with(None, replace(pack, attention=None)), 4),
             ("interleave alone", self._with({"interleave": 1.0}, pack), 2),
             ("chat and interleave by halves, rows as they demand", self._with(even, self._proposed(even)), 2),
-            ("sft: chat 0.9, reconstruct 0.1", self._with(chat, sft.pack or pack), 2),
-            ("sft, rows as it demands", self._with(chat, self._proposed(chat)), 2),
+            ("sft: chat 0.9, reconstruct 0.1", self._with(chat, sft.pack or pack), 8),
+            ("sft in the pack of the other stages", self._with(chat, pack), 2),
         ]
         if self.options.quick:
             shapes = shapes[:2]

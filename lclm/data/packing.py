@@ -3,7 +3,7 @@
 A lane holds a few samples of every task of the mixture. Each pack is filled in three passes: first tasks
 whose examples have a size of their own (chat, reconstruct), as far as their share of source tokens is due;
 then tasks that can be cut to any size, which even out decoder positions and encoder rows; then whatever
-still fits.
+still fits. Where no task of the mixture can be cut so, the choice among waiting conversations evens them out.
 """
 
 from __future__ import annotations
@@ -279,6 +279,7 @@ class _Filling:
         self.usual = taken / lane.packs if lane.packs else float(lane.pack.positions)
         shares = sum(entry.share for entry in self.entries)
         draining = len(self.entries) < len(lane.entries)
+        self.uncut = not any(entry.task.flexible for entry in self.entries)
         self.goal = {e.task.name: e.share / shares * (taken + self.usual) for e in self.entries}
         self.surplus = float("inf") if draining else 2 * self.usual
         self.highest = max((self._highest_rate(entry) for entry in self.entries), default=0.0)
@@ -340,6 +341,8 @@ class _Filling:
         numbers = list(range(len(entry.waiting)))
         if not self.examples:
             return numbers
+        if self.uncut:
+            return self._evenly(entry, numbers)
         gaps, row_length = self.room.gaps[::-1], self.lane.geometry.row_length
 
         def left_over(number: int) -> int:
@@ -350,6 +353,22 @@ class _Filling:
             return gaps[place] - windows[-1] if place < len(gaps) else row_length
 
         return sorted(numbers, key=left_over)
+
+    def _evenly(self, entry: _Entry, numbers: list[int]) -> list[int]:
+        """The oldest first until half of the positions or rows are used, then what evens out the two.
+
+        What a pack passes over is old in the next, so that no kind of conversation piles up.
+        """
+        positions, rows = self.lane.pack.positions, self.rows
+        if 2 * self.room.positions > positions and 2 * self.room.row_tokens > rows:
+            return numbers
+
+        def unevenness(number: int) -> int:
+            size = entry.waiting[number].cut.size
+            tokens = self.room.row_tokens - sum(size.windows)
+            return abs((self.room.positions - size.positions) * rows - tokens * positions)
+
+        return sorted(numbers, key=unevenness)
 
     def _may_add(self, entry: _Entry, cut: Cut) -> bool:
         """Whether an example fits, is due, and leaves positions and rows that others can fill together."""

@@ -7,11 +7,12 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lclm.data import index
 from lclm.data.batch import Loader, make_lanes
-from lclm.data.settings import PackSettings, TaskSettings
+from lclm.data.settings import DataSettings, PackSettings, TaskSettings
 from lclm.data.shards import DataSet, Shard, write_manifest
 from lclm.recipe import load_recipe
 from tests.data import material
@@ -159,6 +160,31 @@ def test_attention_is_bounded_and_packs_stay_full(web, needles, mixture):
     assert max(work[None]) > 1000 and max(work[500]) <= 500
     for made in packs.values():
         assert sum(pack.used[0] for pack in made) >= 0.99 * 4096 * len(made)
+
+
+def test_conversations_alone_fill_positions_and_rows_evenly(tmp_path):
+    from simulated import ByteTokenizer, Texts, geometry, write
+
+    tokenizer = ByteTokenizer(tmp_path / "tokenizer")
+    talks = write(tmp_path / "talks", "conversations", Texts().conversations(1500, mean=6.2, spread=0.9))
+    shape = PackSettings(4096, 36, 900)
+    settings = DataSettings(
+        lanes=8, sources={"talks": talks}, tasks={"chat": TaskSettings("chat", "talks")}, lookahead=64,
+        pack=shape, mixture={"chat": 1.0},
+    )  # fmt: skip
+    read = {"tokenizer": tokenizer, "geometry": geometry(tokenizer, window=256)}
+    lanes = make_lanes(settings, **read, numbers=range(8), seed=0, mixture=settings.mixture)
+    steps = [[lane.next_pack() for lane in lanes] for _ in range(10)]
+    for number, whole in ((0, shape.positions), (1, shape.rows * 256)):
+        filled = np.array([[pack.used[number] / whole for pack in step] for step in steps[2:]])
+        worst = filled.max(1) / filled.mean(1)
+        assert filled.mean() >= 0.95 and np.median(worst) <= 1.035
+    (again,) = make_lanes(
+        settings, **read, numbers=[3], seed=0, mixture=settings.mixture,
+        cursors={"3": json.loads(json.dumps(steps[6][3].cursor))},
+    )  # fmt: skip
+    for step in steps[7:]:
+        assert [e.key for e in again.next_pack().examples] == [e.key for e in step[3].examples]
 
 
 def test_a_long_conversation_is_packed_whatever_the_bound(tmp_path, stdlib):

@@ -90,7 +90,7 @@ def test_packed_and_padded_equal_alone(choice, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES, ids=name)
 def test_packed_and_padded_equal_alone_at_length(choice, tiny):
-    check_property(choice, IMPLEMENTATIONS, 60, tiny)
+    check_property(choice, IMPLEMENTATIONS, 20, tiny)
 
 
 @pytest.mark.slow

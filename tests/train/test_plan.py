@@ -222,17 +222,24 @@ def test_machines():
         find_machine("mine")
 
 
+def run_plan(*words):
+    """The command, to its exit code 0."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *words])
+    assert not ended.value.code
+
+
 @pytest.mark.slow
 def test_the_command_plans_the_released_models(tmp_path, capsys):
     page = tmp_path / "plan.md"
     options = ["--nodes", "32", "--gpu", "h100", "--price", "2.5", "-o", str(page)]
-    main(["plan", "recipes/0.6b-4b/16x.yaml", *options])
+    run_plan("recipes/0.6b-4b/16x.yaml", *options)
     shown = capsys.readouterr().out
     assert "4,022,468,096" in shown
     assert "It fits" in shown
     assert "do not divide" not in shown
     assert "| total | 4,627,430,912 |" in page.read_text()
-    main(["plan", "recipes/0.6b-4b/16x.yaml", "data.lanes=128", "--nodes", "32"])
+    run_plan("recipes/0.6b-4b/16x.yaml", "data.lanes=128", "--nodes", "32")
     assert "set data.lanes=256" in capsys.readouterr().out.replace("\n", " ")
 
 
