@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from lclm.model import LCLMConfig, LCLMForConditionalGeneration
-from lclm.model.spans import Example, Geometry, Span, lay_out, rows_needed
+from lclm.model.spans import Example, Geometry, Span, lay_out
+from lclm.model.windows import rows_needed
 
 SPECIAL = {"memory_start_id": 0, "memory_id": 1, "memory_end_id": 2, "pad_id": 3}
 

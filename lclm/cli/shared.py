@@ -46,6 +46,8 @@ def lclm(
       lclm export runs/tiny -o my-model              a checkpoint that from_pretrained reads
       lclm generate my-model --memory book.txt --prompt "Who dies first?"
       lclm chat my-model --memory notes/             any number of questions
+      lclm compress book.txt -o book.lclm --model my-model
+      lclm publish runs/tiny --repo me/tiny --dry-run
     """
 
 

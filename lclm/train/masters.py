@@ -7,6 +7,7 @@ holds whole files of a process, and writes both moments, too.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def find_masters(files: Files, groups: list[list[str]]) -> dict[str, Master]:
 
     groups: the names in each of the optimizer's parameter groups: at ZeRO 0 in bf16 their order tells them.
     """
-    import_deepspeed()  # of whose classes the pickles are
+    import_deepspeed()  # some of whose classes the pickles hold; no others are let in
     optimizers = [name for name in files if name.endswith(OPTIMIZER)]
     optimizers.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     first = min(name for name in files if name.endswith(MODEL))
@@ -68,8 +69,16 @@ def find_masters(files: Files, groups: list[list[str]]) -> dict[str, Master]:
 
 def _described(file: IO[bytes]) -> Any:
     """What was saved, with tensors that have no values but know their place in the file."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     file.seek(0)
-    return torch.load(file, map_location="meta", weights_only=False)
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file.name} holds objects that no training checkpoint does: {error}") from error
 
 
 def _offset(tensor: Tensor) -> int:
