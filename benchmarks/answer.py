@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ def prepare(folder: Path, recipe: str, overrides: list[str], dtype: str, longest
 
     settings = load_recipe(recipe, overrides, validate=False).model
     model, processor = build_model(settings, dtype=dtype), build_processor(settings)
-    model.save_pretrained(folder / "checkpoint")
-    processor.save_pretrained(folder / "checkpoint")
     library = Path(statistics.__file__).parent
     whole = "\n".join(path.read_text() for path in sorted(library.glob("*.py")))
     whole *= 1 + longest * 8 // len(whole)
     (folder / "text").write_text(whole)
-    positions = getattr(model.config.decoder_config, "max_position_embeddings", None)
+    decoder = model.config.decoder_config
+    positions, decoder.max_position_embeddings = decoder.max_position_embeddings, 2 * longest
+    model.save_pretrained(folder / "checkpoint")
+    processor.save_pretrained(folder / "checkpoint")
     counts = {name: sum(p.numel() for _, p in part) for name, part in components(model).items()}
     return {"recipe": recipe, "counts": counts, "positions": positions, "window": model.config.window}
 
@@ -146,9 +148,10 @@ def run(way: str, tokens: int, folder: Path, options: argparse.Namespace) -> dic
     return json.loads(lines[0].removeprefix("found "))
 
 
-def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each length."""
-    rows, left = [], list(WAYS)
+def measure(folder: Path, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, after each length."""
+    rows: list[dict[str, Any]] = []
+    left = list(WAYS)
     for place, tokens in enumerate(options.tokens):
         found: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for _ in range(options.rounds):
@@ -160,9 +163,9 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         if len(answers) > 1:
             raise RuntimeError(f"{tokens} tokens: latents and their artifact answer differently")
         rows.append(row(tokens, found))
+        yield rows
         if place + 1 < len(options.tokens):
             left = [way for way in left if expected(rows, way, options.tokens[place + 1]) <= options.most]
-    return rows
 
 
 def expected(rows: list[dict[str, Any]], way: str, tokens: int) -> float:
@@ -211,8 +214,8 @@ def notes(facts: dict[str, Any], options: argparse.Namespace) -> list[str]:
         f"MiB: peak {memory}, interpreter, libraries and weights included. Above the loaded model: JSON.",
         f"Each case in a process of its own, ways in turns, medians; once only above {options.once:g} s. A "
         f"way that is likely to need more than {options.most:g} s is left out from there.",
-        f"The decoder was trained on {facts['positions']:,} positions; beyond them only time and memory mean "
-        "something. The plot: `answer.svg`.",
+        f"The decoder was trained on {facts['positions']:,} positions; beyond them (the limit is "
+        "raised for this) only time and memory mean something. The plot: `answer.svg`.",
     ]  # fmt: skip
 
 
@@ -266,9 +269,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         facts = prepare(Path(folder), options.recipe, options.overrides, options.dtype, max(options.tokens))
-        rows = measure(Path(folder), options)
-    save(options.name, device, rows, notes(facts, options))
-    draw(rows, RESULTS / f"{options.name}.svg")
+        for rows in measure(Path(folder), options):
+            save(options.name, device, rows, notes(facts, options))
+            draw(rows, RESULTS / f"{options.name}.svg")
 
 
 if __name__ == "__main__":
