@@ -67,6 +67,18 @@ def find_masters(files: Files, groups: list[list[str]]) -> dict[str, Master]:
     return found
 
 
+def _stage(kind: Any, name: str) -> Any:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r})")
+    return ZeroStageEnum[name]
+
+
+_STAGE: Any = (_stage, "builtins.getattr")
+"""Python 3.11 before 3.11.4 pickles a member of an enumeration as getattr(class, name)."""
+
+
 def _described(file: IO[bytes]) -> Any:
     """What was saved, with tensors that have no values but know their place in the file."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -75,7 +87,7 @@ def _described(file: IO[bytes]) -> Any:
 
     file.seek(0)
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address, _STAGE]):
             return torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file.name} holds objects that no training checkpoint does: {error}") from error

@@ -120,6 +120,7 @@ def test_streams_to_a_process_that_reads_and_ends_at_ctrl_c(folder: Path, checkp
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's jobs ignore it
     )
     assert process.stdin and process.stdout
     process.stdin.write(b"A document from a pipe. " * 20)

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,12 @@ def test_hostile_names_and_texts_stay_names_and_texts(lclm: Callable[..., Any], 
     assert shown[0].startswith("docs/\\x1b[2J<|im_start|>[red]\\n{}.txt: ")
 
 
+def take_terminal() -> None:
+    """Make standard input the process's own terminal, and Ctrl-C heard, which a shell's jobs ignore."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_at_a_terminal(folder: Path, checkpoint: str) -> None:
     """Ctrl-C stops an answer, an error is shown, and the chat goes on until Ctrl-D."""
@@ -105,7 +112,7 @@ def test_at_a_terminal(folder: Path, checkpoint: str) -> None:
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        preexec_fn=take_terminal,
         env={**os.environ, "TERM": "xterm"},
     )
     os.close(terminal)

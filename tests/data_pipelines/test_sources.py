@@ -21,7 +21,7 @@ def test_stdlib_files() -> None:
     assert not [
         file for file in found.files if file.startswith(("site-packages", "test/")) or "__pycache__" in file
     ]
-    assert found.dropped["excluded files"] > 100
+    assert found.dropped["excluded files"] > 10  # systems leave most of the tests out
     assert found == find_inputs(
         "stdlib", SourceSettings(kind="stdlib", exclude=["test/*"], max_file_bytes=100_000)
     )

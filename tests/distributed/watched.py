@@ -24,7 +24,7 @@ def work(what: str, lifeline: Lifeline, who: int) -> None:
     if what == "alone":
         with lifeline.alone("probes"):
             if lifeline.rank == 0:
-                time.sleep(8)
+                time.sleep(15)
     elif lifeline.rank == who:
         print("now", flush=True)
         if what == "loop":
@@ -46,7 +46,7 @@ def work(what: str, lifeline: Lifeline, who: int) -> None:
 
 def main() -> None:
     what, folder, who = sys.argv[1], Path(sys.argv[2]), int((sys.argv[3:] or [1])[0])
-    settings = EngineSettings(timeout_minutes=0.1, alone_minutes=0.5)
+    settings = EngineSettings(timeout_minutes=0.2, alone_minutes=0.5)
     processes = start_processes(settings)
     lifeline = Lifeline(processes.rank, processes.size, settings)
     lifeline.write_to(folder)

@@ -80,7 +80,7 @@ def loaded_elsewhere(tmp_path_factory):
         todo[case] = {"prompts": prompts_of(case), "messages": MESSAGES, "again": case == "tiny"}
     (folder / "todo.json").write_text(json.dumps({"threads": torch.get_num_threads(), "checkpoints": todo}))
     env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    del env["PYTHONPATH"]
+    env.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, remote.__file__, str(folder)], capture_output=True, text=True, cwd=folder, env=env
     )

@@ -229,6 +229,12 @@ def run_plan(*words):
     assert not ended.value.code
 
 
+def test_a_stage_within_its_warm_up_is_named(path):
+    recipe = load_recipe(path, ["stages.joint.schedule.warmup_steps=100"])
+    (problem,) = make_plan(recipe, Cluster(find_machine("cpu"))).problems
+    assert problem.startswith("stage joint ends after 100 steps, within its 100 warm-up steps")
+
+
 @pytest.mark.slow
 def test_the_command_plans_the_released_models(tmp_path, capsys):
     page = tmp_path / "plan.md"

@@ -106,7 +106,8 @@ class StagePlan:
 
 @dataclass
 class Plan:
-    """All stages on a cluster. problems: what would stop the run before its first step."""
+    """All stages on a cluster. problems: what would stop the run before its first step, or keep a stage
+    from learning as it should."""
 
     recipe: Any
     cluster: Cluster
@@ -330,6 +331,14 @@ def make_plan(recipe: Any, cluster: Cluster) -> Plan:
             f"{recipe.data.lanes} lanes do not divide over {cluster.processes} processes with "
             f"data.micro_batch={recipe.data.micro_batch}: set data.lanes={lanes} (figures are for it)"
         )
+    for stage in stages:
+        warmup = recipe.stages[stage.name].schedule.warmup_steps
+        if warmup >= stage.steps:
+            plan.problems.append(
+                f"stage {stage.name} ends after {stage.steps:,} steps, within its {warmup:,} warm-up steps: "
+                f"its rates never get to their height; give it more tokens or steps, or lower "
+                f"stages.{stage.name}.schedule.warmup_steps"
+            )
     if workers < recipe.data.workers:
         plan.notes.append(
             f"lanes of a process: {share}, so {workers} of data.workers={recipe.data.workers} background "
