@@ -82,7 +82,7 @@ def export_run(
     """
     check_export(output, layout=layout, dtype=dtype, shard_size=shard_size)
     if weights is None:
-        source = _source(run, stage)
+        source = find_checkpoint(run, stage)
         if layout == layout_of(source) and dtype is None and shard_size is None and _complete(source):
             _whole_or_nothing(output, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
             return output
@@ -116,8 +116,9 @@ def _is_size(value: int | str) -> bool:
     return isinstance(value, int) or re.fullmatch(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", value, re.I) is not None
 
 
-def _source(run: Path, stage: str | None) -> Path:
-    """The folder of the checkpoint to export. ValueError when it is not what the stage wrote."""
+def find_checkpoint(run: Path, stage: str | None = None) -> Path:
+    """`run` itself if it is a checkpoint, else the export of a stage. ValueError when that is not what the
+    stage wrote."""
     if layout_of(run) is not None:
         if stage is not None:
             raise ValueError(f"{run} is a checkpoint, not a run, and has no stages: leave --stage out")
@@ -125,7 +126,10 @@ def _source(run: Path, stage: str | None) -> Path:
     source = find_export(run, stage)
     damaged = changed(source, read_json(source.parent / "done.json").get("export", {}))
     if damaged:
-        raise ValueError(f"{source}, the export of a complete stage, is damaged: {damaged}. Put it back")
+        raise ValueError(
+            f"{source}, the export of a complete stage, is damaged: {damaged}. Put it back "
+            "from a copy, or train that stage again"
+        )
     return source
 
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lclm.checkpoint import RunFolder
 from lclm.eval.record import RunRecord, StageRecord, read_run
 from lclm.eval.verdict import Verdict, verdicts
 from lclm.hub.remote import scrub
 
+KEPT_ROWS = ("adapter", "marks.safetensors")
+"""Rows that the brackets replace in the released layout: no parameters of the model."""
 PACKAGES = ("lclm", "torch", "transformers", "deepspeed", "peft", "safetensors")
 HUB_ID = re.compile(r"[\w][\w.-]{0,95}/[\w.-]{1,96}")
 
@@ -102,25 +106,24 @@ def count_parameters(folder: Path) -> tuple[dict[str, int], list[str]]:
     dtypes: set[str] = set()
     for path in sorted(folder.rglob("*.safetensors")):
         place = path.relative_to(folder).parts
-        for name, tensor in _header(path).items():
-            if name == "__metadata__":
-                continue
+        if place == KEPT_ROWS:
+            continue
+        for name, shape, dtype in _described(path):
             component = place[0] if len(place) > 1 else name.split(".")[0]
             component = "encoder" if component == "block_position" else component
-            counts[component] = counts.get(component, 0) + math.prod(tensor["shape"])
-            dtypes.add(tensor["dtype"])
+            counts[component] = counts.get(component, 0) + math.prod(shape)
+            dtypes.add(dtype)
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     return {n: count for n, count in counts.items() if count}, sorted(names.get(d, d) for d in dtypes)
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> list[tuple[str, list[int], str]]:
+    """(name, shape, dtype) of every tensor of a file."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= 100_000_000:
-                raise ValueError(f"a header of {length} bytes")
-            return dict(json.loads(file.read(length)))
-    except (ValueError, OSError) as error:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return [(name, part.get_shape(), part.get_dtype()) for name, part in slices.items()]
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); export the checkpoint again") from None
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lclm import __version__
-from lclm.checkpoint import RunFolder, changed, read_json, sha256
+from lclm.checkpoint import RunFolder, read_json, sha256
 from lclm.eval.plots import draw_png
 from lclm.hub.card import write_card
-from lclm.hub.export import export_run, find_export, stages_done
+from lclm.hub.export import export_run, find_checkpoint, find_export, layout_of, stages_done
 from lclm.hub.facts import Facts, gather
 from lclm.hub.metadata import CardOptions
 from lclm.hub.remote import Remote
@@ -95,7 +95,7 @@ def prepare(
         raise ValueError(f"--tag {wrong[0]}: use letters, digits and . _ + - (not main)")
     if not source.is_dir():
         raise ValueError(f"{source}: there is no such folder; give a run folder or an exported checkpoint")
-    if _is_checkpoint(source):
+    if layout_of(source) is not None:
         if stage or all_stages or layout != "native" or dtype:
             raise ValueError(
                 f"{source} is an exported checkpoint, published as it is: --stage, --all-stages, --layout "
@@ -117,17 +117,11 @@ def prepare(
     return revisions
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "model_config.json").is_file()
-
-
 def _checkpoint(
     run: Path, stage: str, layout: str, dtype: str | None, progress: Callable[[int, int], None] | None
 ) -> tuple[Path, Path | None]:
     """(folder of a stage's checkpoint, the same if it had to be made). One that was made is used again."""
-    export = find_export(run, stage)
-    if damaged := changed(export, read_json(export.parent / "done.json").get("export", {})):
-        raise ValueError(f"{export}, the export of a complete stage, is damaged: {damaged}. Put it back")
+    export = find_checkpoint(run, stage)
     config = read_json(export / "config.json")
     if layout == "native" and dtype is None and {"auto_map", "fingerprints"} <= set(config):
         return export, None

@@ -228,19 +228,19 @@ def test_a_dry_run_touches_no_socket(
     def no(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a socket was used")
 
-    monkeypatch.setattr(socket.socket, "connect", no)
-    monkeypatch.setattr(socket, "getaddrinfo", no)
-    monkeypatch.delenv("HF_TOKEN")
     before = {path: path.stat().st_mtime_ns for path in published_run.rglob("*")}
-    main_ok(["publish", str(published_run), "--repo", "acme/tiny", "--dry-run", "--all-stages", "--private"])
+    command = ["publish", str(published_run), "--repo", "acme/tiny", "--dry-run", "--all-stages", "--private"]
+    with monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "connect", no)
+        patched.setattr(socket, "getaddrinfo", no)
+        patched.delenv("HF_TOKEN")
+        main_ok(command)
     shown = capsys.readouterr().out
     assert "stage scratch" in shown and "tags adapter" in shown and "(private)" in shown
     assert "base_model:" in shown and all(name in shown for name in weights(published_run))
     assert not hub.requests
     assert before == {path: path.stat().st_mtime_ns for path in published_run.rglob("*")}
 
-    monkeypatch.undo()
-    log_in(monkeypatch, hub)
     send(published_run, all_stages=True, private=True)
     for path, data in hub.repos["acme/tiny"].files().items():
         assert path == ".gitattributes" or f"{len(data):>16,}  {path}\n" in shown, path
